@@ -1,0 +1,1 @@
+"""Intentional design: see, judge, shape and audit what a network learns."""

@@ -1,0 +1,13 @@
+"""Eight virtual CPU devices, so that every sharded path runs on a laptop."""
+
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '')
+    + ' --xla_force_host_platform_device_count=8'
+)
+
+import jax  # pylint: disable=g-import-not-at-top
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
