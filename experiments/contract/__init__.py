@@ -1,0 +1,5 @@
+"""What every experiment shares: command line, workdir, claims, result page."""
+
+from experiments.contract.claims import Claim, claim, interval, save_claims
+from experiments.contract.command import main
+from experiments.contract.workdir import Workdir, fingerprint, write_text

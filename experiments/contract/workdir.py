@@ -1,0 +1,103 @@
+"""The folder of a run: config, provenance, results arm by arm, figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from idesign import training
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file under a temporary name and renames it."""
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(text, encoding='utf-8')
+  os.replace(temporary, path)
+
+
+def fingerprint(*arrays: np.ndarray) -> str:
+  """SHA-256 over shapes, dtypes and bytes, to tell whether data changed."""
+  digest = hashlib.sha256()
+  for a in arrays:
+    a = np.ascontiguousarray(a)
+    digest.update(f'{a.dtype.str}{a.shape}'.encode())
+    digest.update(a.tobytes())
+  return digest.hexdigest()
+
+
+def environment() -> dict[str, Any]:
+  """Versions of every installed package, of Python, and the commit."""
+  git = subprocess.run(
+      ['git', 'rev-parse', 'HEAD'], cwd=_ROOT, capture_output=True, text=True
+  )
+  packages = {
+      d.metadata['Name']: d.version for d in importlib.metadata.distributions()
+  }
+  return {
+      'commit': git.stdout.strip() or 'unknown',
+      'python': platform.python_version(),
+      'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+      'packages': dict(sorted(packages.items(), key=lambda p: p[0].lower())),
+  }
+
+
+class Workdir:
+  """A run's folder; rerunning the same command goes on where it stopped.
+
+  Attributes:
+    path: the folder.
+    results: what is in `results.json`.
+  """
+
+  def __init__(
+      self, path: str | os.PathLike[str], config: ml_collections.ConfigDict,
+      data: str,
+  ):  # fmt: skip
+    """Claims the folder.
+
+    Args:
+      path: created if there is none.
+      config: the resolved config.
+      data: fingerprint of the data.
+
+    Raises:
+      ValueError: the folder was made by another config or from other data,
+        listing what differs; nothing there is changed.
+    """
+    self.config = config.to_dict() | {'data_sha256': data}
+    self.path = training.claim_workdir(
+        path,
+        self.config | {'environment': environment()},
+        ignore=['environment'],
+    )
+    (self.path / 'figures').mkdir(exist_ok=True)
+    self._file = self.path / 'results.json'
+    self.results = (
+        json.loads(self._file.read_text('utf-8')) if self._file.exists() else {}
+    )
+
+  def arm(self, name: str, compute: Callable[[], Any]) -> Any:
+    """The result of an arm, computed unless an earlier run finished it.
+
+    Args:
+      name: of the arm (and seed) in `results.json`.
+      compute: returns its result as JSON values.
+    """
+    if name not in self.results:
+      # Through JSON, so that a resumed run sees just what a fresh one does.
+      self.results[name] = json.loads(json.dumps(compute(), allow_nan=False))
+      write_text(self._file, json.dumps(self.results, indent=1) + '\n')
+    return self.results[name]

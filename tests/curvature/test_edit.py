@@ -1,0 +1,203 @@
+"""Edits: what they compute, and that they can be taken back exactly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from idesign import curvature
+from idesign import sites
+
+L, D, F = 3, 6, 5
+
+
+def params():
+  keys = jax.random.split(jax.random.key(0), 3)
+  return {
+      'blocks': {
+          'up': jax.random.normal(keys[0], (L, D, F)),
+          'down': jax.random.normal(keys[1], (L, F, D)),
+      },
+      'head': {'kernel': jax.random.normal(keys[2], (D, 4))},
+  }
+
+
+def apply(p, x):
+  body = lambda h, w: (h + jnp.tanh(h @ w['up']) @ w['down'], None)
+  h, _ = jax.lax.scan(body, x, p['blocks'])
+  return h @ p['head']['kernel']
+
+
+X = jax.random.normal(jax.random.key(5), (9, D))
+
+
+def setting():
+  p = params()
+  loss = lambda p, x: apply(p, x).sum(-1)
+  at = {s.name: s for s in sites.find_sites(loss, p, X).sites}
+  factors = curvature.kfac_factors(apply, '.*')(p, X, key=jax.random.key(1))
+  return p, at, curvature.spectra(factors)
+
+
+def edits(at, bases, p, strength, **kwargs):
+  parts = curvature.singular(p, at)
+  return {
+      'mass': curvature.keep_high_curvature(p, at, bases, mass=strength, **kwargs),
+      'share': curvature.keep_high_curvature(
+          p, at, bases, share=strength, **kwargs
+      ),
+      'svd': curvature.keep_singular(p, at, parts, share=strength, **kwargs),
+      'random': curvature.keep_random(
+          p, at, bases, share=strength, seed=0, **kwargs
+      ),
+  }  # fmt: skip
+
+
+KINDS = ('mass', 'share', 'svd', 'random')
+
+
+def same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_keeping_everything_changes_no_bit(kind):
+  p, at, bases = setting()
+  edit = edits(at, bases, p, 1.0)[kind]
+  same(edit.apply(p), p)
+  assert all(k == 1 for k in edit.kept.values())
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_apply_and_revert_are_exact(kind):
+  p, at, bases = setting()
+  edit = edits(at, bases, p, 0.4)[kind]
+  edited = edit.apply(p)
+  assert not np.array_equal(edited['blocks']['up'], p['blocks']['up'])
+  same(edit.revert(edited), p)
+  same(edit.apply(edit.revert(edited)), edited)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_editing_twice_is_editing_once(kind):
+  """Each edit is a projection, up to rounding in the parameters' dtype."""
+  p, at, bases = setting()
+  once = edits(at, bases, p, 0.4)[kind].apply(p)
+  twice = edits(at, bases, once, 0.4)[kind].apply(once)
+  eps = float(jnp.finfo(jnp.float32).eps)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=32 * eps),
+      twice, once,
+  )  # fmt: skip
+
+
+def test_kept_components_are_those_of_highest_curvature():
+  p, at, bases = setting()
+  edit = curvature.keep_high_curvature(p, at, bases, share=0.3)
+  w, new = p['blocks']['up'], edit.apply(p)['blocks']['up']
+  basis = bases['blocks/up']
+  for layer in range(L):
+    u, v = basis.input_basis[layer], basis.output_basis[layer]
+    before, after = (u.T @ np.asarray(m[layer], float) @ v for m in (w, new))
+    mass = basis.mass()[layer]
+    kept = np.zeros(mass.size, bool)
+    kept[np.argsort(-mass.reshape(-1), kind='stable')[: round(0.3 * D * F)]] = 1
+    kept = kept.reshape(mass.shape)
+    np.testing.assert_allclose(after[kept], before[kept], atol=1e-5)
+    np.testing.assert_allclose(after[~kept], 0, atol=1e-5)
+  assert edit.kept['blocks/up'] == pytest.approx(9 / 30)
+
+
+def test_truncation_is_the_best_approximation_of_its_rank():
+  p, at, _ = setting()
+  edit = curvature.keep_singular(p, at, curvature.singular(p, at), share=0.4)
+  new = np.asarray(edit.edited['blocks/up'], float)
+  old = np.asarray(p['blocks']['up'], float)
+  for layer in range(L):
+    values = np.linalg.svd(old[layer], compute_uv=False)
+    error = np.linalg.norm(new[layer] - old[layer])
+    assert error == pytest.approx(np.sqrt((values[2:] ** 2).sum()), rel=1e-5)
+    assert np.linalg.matrix_rank(new[layer], tol=1e-4) == 2
+
+
+def test_a_random_edit_keeps_equally_many_and_depends_on_its_seed():
+  p, at, bases = setting()
+  share = 0.3
+  ours = curvature.keep_high_curvature(p, at, bases, share=share)
+  chance = [
+      curvature.keep_random(p, at, bases, share=share, seed=s) for s in (0, 0, 1)
+  ]
+  assert chance[0].kept == pytest.approx(ours.kept)
+  same(chance[0].edited, chance[1].edited)
+  assert not np.array_equal(
+      chance[0].edited['blocks/up'], chance[2].edited['blocks/up']
+  )
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_layers_that_are_not_chosen_keep_every_bit(kind):
+  p, at, bases = setting()
+  some = {k: at[k] for k in ('blocks/up', 'blocks/down')}
+  edit = edits(some, bases, p, 0.4, layers={'blocks/up': [0, 2]})[kind]
+  new = edit.apply(p)
+  same(new['head'], p['head'])
+  same(new['blocks']['up'][1], p['blocks']['up'][1])
+  for changed in (
+      (new['blocks']['up'][0], p['blocks']['up'][0]),
+      (new['blocks']['up'][2], p['blocks']['up'][2]),
+      (new['blocks']['down'][1], p['blocks']['down'][1]),
+  ):
+    assert not np.array_equal(*changed)
+
+
+def test_an_edit_is_refused_where_it_does_not_belong():
+  p, at, bases = setting()
+  edit = curvature.keep_high_curvature(p, at, bases, share=0.4)
+  edited = edit.apply(p)
+  with pytest.raises(ValueError, match="Cannot apply.*'blocks/down'"):
+    edit.apply(edited)
+  with pytest.raises(ValueError, match="Cannot revert.*'blocks/down'"):
+    edit.revert(p)
+  with pytest.raises(ValueError, match='no parameter'):
+    edit.apply({'other': p['head']})
+
+
+def test_shared_weights_missing_spectra_and_bad_layers_raise():
+  p, at, bases = setting()
+  some = {'head/kernel': at['head/kernel']}
+  with pytest.raises(ValueError, match="no spectrum for site 'head/kernel'"):
+    curvature.keep_high_curvature(p, some, {}, share=0.5)
+  with pytest.raises(ValueError, match='either mass or share'):
+    curvature.keep_high_curvature(p, some, bases)
+  with pytest.raises(ValueError, match=r'layers \[3\]'):
+    curvature.keep_high_curvature(
+        p, at, bases, share=0.5, layers={'blocks/up': [3]}
+    )
+  tied = lambda p, x: jnp.tanh(x @ p['w']) @ p['w'].T
+  w = {'w': jax.random.normal(jax.random.key(0), (D, F))}
+  found = sites.find_sites(lambda p, x: tied(p, x).sum(-1), w, X).sites
+  with pytest.raises(ValueError, match="'w' meets data more than once"):
+    tied_at = {s.name: s for s in found}
+    curvature.keep_singular(w, tied_at, curvature.singular(w, tied_at), share=0.5)
+
+
+def test_factors_that_cannot_be_decomposed_raise():
+  p, _, _ = setting()
+  factors = curvature.kfac_factors(apply, '.*')(p, X, key=jax.random.key(1))
+  with pytest.raises(ValueError, match='no example'):
+    curvature.spectra(factors._replace(count=jnp.zeros(())))
+  broken = factors.outputs | {'blocks/up': factors.outputs['blocks/up'] * jnp.nan}
+  with pytest.raises(ValueError, match="output 'blocks/up' factor"):
+    curvature.spectra(factors._replace(outputs=broken))
+
+
+def test_a_spectrum_rebuilds_its_factor():
+  p, _, bases = setting()
+  factors = curvature.kfac_factors(apply, '.*')(p, X, key=jax.random.key(1))
+  basis = bases['blocks/down']
+  rebuilt = np.einsum(
+      'lij,lj,lkj->lik', basis.input_basis, basis.input_values, basis.input_basis
+  )
+  expected = np.asarray(factors.inputs['blocks/down']) / len(X)
+  np.testing.assert_allclose(rebuilt, expected, atol=1e-6 * expected.max())
+  assert (np.diff(basis.input_values) <= 0).all()

@@ -1,0 +1,107 @@
+"""Exact selection: bisection against a full sort, ties included."""
+
+import fractions
+import math
+
+import numpy as np
+import pytest
+
+from idesign import curvature
+
+
+def full_sort(rows, columns, share):
+  """The definition: sort all products, equal ones in row-major order."""
+  mass = [fractions.Fraction(r) * fractions.Fraction(c)
+          for r in rows for c in columns]  # fmt: skip
+  total, taken = sum(mass), 0
+  keep = np.zeros(len(mass), bool)
+  for i in sorted(range(len(mass)), key=lambda i: -mass[i]):
+    if taken >= fractions.Fraction(share) * total:
+      break
+    keep[i], taken = True, taken + mass[i]
+  return keep.reshape(len(rows), len(columns))
+
+
+def descending(values):
+  return np.sort(np.asarray(values, float))[::-1]
+
+
+def spectra(kind, seed):
+  """Spectra whose products are exact in float64, so that ties are real."""
+  rng = np.random.default_rng(seed)
+  if kind == 'integers':
+    return descending(rng.integers(1, 9, 7)), descending(rng.integers(1, 9, 5))
+  if kind == 'equal':
+    return np.full(6, 2.0), np.full(4, 3.0)
+  if kind == 'with zeros':
+    return descending([4, 2, 0, 0]), descending([3, 1, 0])
+  return descending(2.0 ** rng.integers(-9, 9, 8)), descending(
+      2.0 ** rng.integers(-9, 9, 6)
+  )
+
+
+KINDS = ('integers', 'equal', 'with zeros', 'powers')
+
+
+@pytest.mark.parametrize('share', [0.125, 0.5, 0.75, 0.9375, 1.0])
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('seed', range(3))
+def test_keep_mass_is_the_full_sort(kind, share, seed):
+  rows, columns = spectra(kind, seed)
+  counts = curvature.keep_mass(rows, columns, share)
+  mask = curvature.staircase(counts, len(columns))
+  expected = np.ones_like(mask) if share == 1 else full_sort(rows, columns, share)
+  np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('seed', range(3))
+def test_keep_count_is_the_full_sort(kind, seed):
+  rows, columns = spectra(kind, seed)
+  mass = np.outer(rows, columns).reshape(-1)
+  order = np.argsort(-mass, kind='stable')
+  for count in range(mass.size + 1):
+    expected = np.zeros(mass.size, bool)
+    expected[order[:count]] = True
+    counts = curvature.keep_count(rows, columns, count)
+    mask = curvature.staircase(counts, len(columns))
+    np.testing.assert_array_equal(mask.reshape(-1), expected)
+
+
+@pytest.mark.parametrize('share', [0.3, 0.6, 0.9, 0.99, 0.99999])
+def test_the_set_is_minimal_on_real_spectra(share):
+  rng = np.random.default_rng(0)
+  rows = descending(rng.lognormal(0, 4, 60))
+  columns = descending(rng.lognormal(0, 4, 50))
+  counts = curvature.keep_mass(rows, columns, share)
+  assert (np.diff(counts) <= 0).all()
+  mask = curvature.staircase(counts, 50)
+  mass = np.outer(rows, columns)
+  target = share * math.fsum(mass.reshape(-1))
+  kept = math.fsum(mass[mask])
+  slack = 1e-12 * target
+  assert kept >= target - slack
+  assert kept - mass[mask].min() < target + slack
+  assert mass[mask].min() >= mass[~mask].max()
+
+
+def test_no_array_of_all_products_is_formed():
+  """2e5 x 2e5 products would need 320 GB."""
+  rows = columns = 1 / np.arange(1, 200_001) ** 2
+  counts = curvature.keep_mass(rows, columns, 0.9)
+  assert 0 < counts.sum() < 1000
+
+
+@pytest.mark.parametrize('share', [0.0, -0.1, 1.5, float('nan')])
+def test_shares_out_of_range_raise(share):
+  with pytest.raises(ValueError, match='share must be in'):
+    curvature.keep_mass(np.ones(2), np.ones(2), share)
+
+
+def test_bad_spectra_raise():
+  with pytest.raises(ValueError, match='descending'):
+    curvature.keep_mass(np.ones(2), np.array([1.0, 2.0]), 0.5)
+  with pytest.raises(ValueError, match='negative'):
+    curvature.keep_mass(np.array([1.0, -1.0]), np.ones(2), 0.5)
+  with pytest.raises(ValueError, match='count must be in'):
+    curvature.keep_count(np.ones(2), np.ones(2), 5)
