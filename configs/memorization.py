@@ -47,8 +47,8 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
     config.arms += ('kfac_t1', 'kfac_t10', 'kfac_gold')
   # Every arm has the same number of grid points: layer sets x strengths.
   shares = (
-      0.5, 0.3, 0.2, 0.14, 0.1, 0.07, 0.05, 0.035, 0.025, 0.018, 0.0125, 0.008,
-      0.005, 0.003,
+      0.3, 0.2, 0.14, 0.1, 0.07, 0.05, 0.035, 0.025, 0.018, 0.0125, 0.008,
+      0.005, 0.003, 0.002,
   )  # fmt: skip
   config.strengths = ml_collections.ConfigDict({
       'kfac': shares,
@@ -101,10 +101,10 @@ def _mlp(config):
   # Frozen: layer set and strength, from seeds 0 and 1 (preset choose).
   config.operating_points = ml_collections.ConfigDict({
       'kfac': (2, 0.003),
-      'svd': (0, 0.03),
-      'random': (0, 0.9),
-      'kfac_t1': (0, 0.999),
-      'kfac_t10': (0, 0.005),
+      'svd': (0, 0.02),
+      'random': (3, 0.97),
+      'kfac_t1': (0, 0.95),
+      'kfac_t10': (0, 0.003),
       'kfac_gold': (0, 0.005),
   })
 
