@@ -120,7 +120,9 @@ def run(
   if config.remat:
     body = jax.checkpoint(body, prevent_cse=False)
   kv = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
-  x_BTD, kv = jax.lax.scan(body, x_BTD, (layers, windows_L, kv))
+  x_BTD, kv = jax.lax.scan(
+      body, x_BTD, (layers, windows_L, kv), unroll=config.unroll
+  )
   if cache is None:
     return x_BTD, None
   return x_BTD, cache._replace(k_LBSKH=kv[0], v_LBSKH=kv[1])

@@ -86,6 +86,8 @@ class BlockConfig:
     sliding_window: how many positions back a token sees, itself included; one
       number, or one per layer with None where the layer sees everything.
     remat: recompute each block's activations in the backward pass.
+    unroll: layers per iteration of the compiled loop; more of them compile
+      longer and may run faster.
     dtypes: dtypes of parameters, computation and logits.
   """
 
@@ -108,10 +110,11 @@ class BlockConfig:
   attn_softcap: float | None = None
   sliding_window: int | tuple[int | None, ...] | None = None
   remat: bool = False
+  unroll: int = 1
   dtypes: DTypePolicy = DTypePolicy()
 
   def __post_init__(self):
-    require_positive(self, 'd_model', 'n_layers', 'n_heads', 'd_ff')
+    require_positive(self, 'd_model', 'n_layers', 'n_heads', 'd_ff', 'unroll')
     if self.n_kv_heads is None:
       object.__setattr__(self, 'n_kv_heads', self.n_heads)
     if self.head_dim is None:

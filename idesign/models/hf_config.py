@@ -290,12 +290,14 @@ def write_config(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
   """The family that can express a model, and its `config.json`.
 
   A family can express a model if what it writes is read back as an equal
-  config (up to dtypes and rematerialisation).
+  config (up to dtypes, rematerialisation and unrolling).
 
   Raises:
     CheckpointError: if no family can, saying what each one would change.
   """
-  plain = dataclasses.replace(config, dtypes=DTypePolicy(), remat=False)
+  plain = dataclasses.replace(
+      config, dtypes=DTypePolicy(), remat=False, unroll=1
+  )
   lost = []
   for name, family in FAMILIES.items():
     raw = family.write(plain) | {

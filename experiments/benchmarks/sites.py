@@ -1,0 +1,237 @@
+"""What reading statistics costs, next to the plain gradient, in one run.
+
+  python -m experiments.benchmarks.sites [--batch=64] [--repeats=7] [--out=FILE]
+
+A decoder of 5 M parameters (6 layers, width 256, gated MLP of 704, 42
+projections), 64 x 128 tokens. For each statistic: wall time as a ratio to the
+plain mean gradient, XLA's own count of FLOPs and of temporary memory, and a
+count of FLOPs by hand. Times are medians of interleaved repeats. FLOPs are
+counted on the same program with the loop over layers unrolled, because XLA
+counts the body of a loop once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import json
+import statistics as stats
+import time
+from typing import Any
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.contract import write_text
+from idesign import curvature
+from idesign import models
+from idesign import sites
+
+_BATCH = flags.DEFINE_integer('batch', 64, 'Sequences.')
+_TIME = flags.DEFINE_integer('time', 128, 'Tokens per sequence.')
+_LAYERS = flags.DEFINE_integer('layers', 6, 'Layers.')
+_REPEATS = flags.DEFINE_integer('repeats', 7, 'Timed repeats of each program.')
+_OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
+
+D_MODEL, D_FF, N_HEADS, VOCAB, DIRECTIONS = 256, 704, 4, 2048, 512
+PROJECTIONS = 'blocks/(attn|mlp)/.*/kernel'
+# Per layer: q, k, v, o, then gate, up, down.
+SHAPES = [(D_MODEL, D_MODEL)] * 4 + [(D_MODEL, D_FF)] * 2 + [(D_FF, D_MODEL)]
+
+
+def decoder(layers: int, *, unroll: bool) -> models.Model:
+  return models.transformer(
+      models.TransformerConfig(
+          vocab_size=VOCAB,
+          max_len=1024,
+          d_model=D_MODEL,
+          d_ff=D_FF,
+          n_heads=N_HEADS,
+          n_layers=layers,
+          tie_embeddings=True,
+          unroll=layers if unroll else 1,
+      )
+  )
+
+
+def loss_of(model: models.Model) -> sites.Loss:
+  def loss(params, tokens):
+    logits = model.apply(params, tokens[:, :-1])
+    return curvature.negative_log_likelihood(logits, tokens[:, 1:])
+
+  return loss
+
+
+def programs(model: models.Model, layers: int) -> dict[str, Callable[..., Any]]:
+  """Name -> function of (params, tokens, directions)."""
+  loss = loss_of(model)
+  total = lambda p, x: loss(p, x).sum()
+  quarter = [f'{PROJECTIONS}[{layers - max(1, layers // 4)}:{layers}]']
+
+  def read(statistics, select=PROJECTIONS, **kwargs):
+    collect = sites.collect(loss, statistics, select, **kwargs)
+    return lambda p, x, _: collect(p, x)
+
+  norms = {'norms': sites.per_example_squared_norm}
+  factors = {'a': sites.input_moment, 'g': sites.output_moment}
+  rank1 = sites.collect(loss, {'d': sites.direction_product}, PROJECTIONS)
+
+  def naive(p, x, directions):
+    """`vmap(grad)`, then inner products with the same directions."""
+
+    def one(x):
+      grads = jax.grad(total)(p, x[None])['blocks']
+      leaves = {
+          f'blocks/{room}/{name}/kernel': grads[room][name]['kernel']
+          for room in ('attn', 'mlp')
+          for name in grads[room]
+      }
+      return {
+          k: jnp.einsum('lio,lci,lco->lc', g, *directions[k])
+          for k, g in leaves.items()
+      }
+
+    return jax.vmap(one)(x)
+
+  return {
+      'forward': lambda p, x, _: loss(p, x),
+      'gradient': lambda p, x, _: jax.grad(total)(p, x),
+      'norms': read(norms),
+      'norms + gradient': read(norms, with_grads=True),
+      'norms + gradient, last quarter of layers': read(
+          norms, quarter, with_grads=True
+      ),
+      'K-FAC factors': read(factors),
+      '512 rank-1 directions': lambda p, x, d: rank1(p, x, inputs={'d': d}),
+      '512 rank-1 directions, vmap(grad)': naive,
+  }
+
+
+def flops_by_hand(batch: int, time_: int, layers: int) -> dict[str, float]:
+  """Matrix products alone; a product of m x k by k x n is 2 m k n.
+
+  Let P be the projections' weights per layer, S = sum over projections of
+  d_in + d_out, T tokens per sequence and N = B T. Forward: 2 N P per layer,
+  4 N T D for scores and values, 2 N D V for the tied head. The backward pass
+  to the activations costs the forward once more (attention twice), the one to
+  the weights once more.
+  """
+  n, t = batch * time_, time_
+  p = sum(i * o for i, o in SHAPES)
+  project = 2 * n * p * layers
+  attend = 4 * n * t * D_MODEL * layers
+  head = 2 * n * D_MODEL * VOCAB
+  forward = project + attend + head
+  to_inputs = project + 2 * attend + head
+  # The first layer's q, k and v have no use for their inputs' gradient when
+  # nothing before them is differentiated.
+  spared = 2 * n * 3 * D_MODEL**2
+  norms = layers * sum(
+      2 * batch * min(t * t * (i + o), t * i * o) for i, o in SHAPES
+  )
+  factors = layers * sum(2 * n * (i * i + o * o) for i, o in SHAPES)
+  rank1 = layers * sum(2 * n * DIRECTIONS * (i + o) for i, o in SHAPES)
+  naive = 2 * batch * DIRECTIONS * layers * sum(i * o + min(i, o) for i, o in SHAPES)
+  gradient = forward + to_inputs + project + head
+  return {
+      'forward': forward,
+      'gradient': gradient,
+      'norms': forward + to_inputs - spared + norms,
+      'norms + gradient': gradient + norms,
+      'norms + gradient, last quarter of layers': gradient
+      + norms * max(1, layers // 4) / layers,
+      'K-FAC factors': forward + to_inputs - spared + factors,
+      '512 rank-1 directions': forward + to_inputs - spared + rank1,
+      '512 rank-1 directions, vmap(grad)': gradient + naive,
+  }
+
+
+def measure(batch: int, time_: int, layers: int, repeats: int) -> dict[str, Any]:
+  """Times and counts every program; see the module's docstring."""
+  model = decoder(layers, unroll=False)
+  params = jax.jit(model.init)(jax.random.key(0))
+  tokens = jax.random.randint(
+      jax.random.key(1), (batch, time_ + 1), 0, VOCAB
+  )
+  shapes = {s.name: (s.d_in, s.d_out) for s in
+            sites.find_sites(loss_of(model), params, tokens, PROJECTIONS).sites}
+  directions = {
+      name: tuple(
+          jax.random.normal(jax.random.key(k), (layers, DIRECTIONS, d))
+          for k, d in enumerate(ds)
+      )
+      for name, ds in shapes.items()
+  }
+  arguments = (params, tokens, directions)
+  compiled = {
+      name: jax.jit(f).lower(*arguments).compile()
+      for name, f in programs(model, layers).items()
+  }
+  unrolled = {
+      name: jax.jit(f).lower(*arguments).compile()
+      for name, f in programs(decoder(layers, unroll=True), layers).items()
+  }
+  times: dict[str, list[float]] = {name: [] for name in compiled}
+  for repeat in range(repeats + 1):
+    for name, f in compiled.items():
+      start = time.perf_counter()
+      jax.block_until_ready(f(*arguments))
+      if repeat:  # The first one warms up.
+        times[name].append(time.perf_counter() - start)
+  by_hand = flops_by_hand(batch, time_, layers)
+  rows = {}
+  for name in compiled:
+    flops = unrolled[name].cost_analysis()['flops']
+    memory = compiled[name].memory_analysis()
+    ratios = [a / b for a, b in zip(times[name], times['gradient'])]
+    rows[name] = {
+        'seconds': stats.median(times[name]),
+        'time_ratio': stats.median(ratios),
+        'time_ratio_range': [min(ratios), max(ratios)],
+        'xla_gflops': flops / 1e9,
+        'formula_gflops': by_hand[name] / 1e9,
+        'flops_off_by': flops / by_hand[name] - 1,
+        'temporary_mib': memory.temp_size_in_bytes / 2**20,
+    }
+  size = sum(x.size for x in jax.tree.leaves(params))
+  return {
+      'parameters': size,
+      'sites': len(shapes) * layers,
+      'tokens': [batch, time_],
+      'device': jax.devices()[0].device_kind,
+      'programs': rows,
+  }
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'Unknown arguments: {argv[1:]}.')
+  result = measure(_BATCH.value, _TIME.value, _LAYERS.value, _REPEATS.value)
+  print(
+      f"{result['parameters'] / 1e6:.2f} M parameters, {result['sites']} sites, "
+      f"{_BATCH.value} x {_TIME.value} tokens, {result['device']}"
+  )
+  print(f"{'':42}{'time':>7}{'range':>14}{'GFLOP':>9}{'formula':>9}"
+        f"{'off':>7}{'temp MiB':>10}")  # fmt: skip
+  for name, r in result['programs'].items():
+    low, high = r['time_ratio_range']
+    print(
+        f"{name:42}{r['time_ratio']:7.2f}{f'{low:.2f}-{high:.2f}':>14}"
+        f"{r['xla_gflops']:9.1f}{r['formula_gflops']:9.1f}"
+        f"{r['flops_off_by']:7.1%}{r['temporary_mib']:10.0f}"
+    )
+  rows = result['programs']
+  overhead = lambda name: rows[name]['time_ratio'] - 1
+  share = overhead('norms + gradient, last quarter of layers')
+  share = share / overhead('norms + gradient')
+  print(f'overhead of a quarter of the layers / of all: {share:.2f}')
+  if _OUT.value:
+    import pathlib  # pylint: disable=g-import-not-at-top
+
+    write_text(pathlib.Path(_OUT.value), json.dumps(result, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  app.run(main)

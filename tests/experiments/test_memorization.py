@@ -1,0 +1,132 @@
+"""The memorization experiment end to end at `smoke`, and its rules."""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from experiments import memorization
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def get_config(preset):
+  spec = importlib.util.spec_from_file_location(
+      'config', ROOT / 'configs' / 'memorization.py'
+  )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(preset)
+
+
+def test_a_world_is_what_it_says():
+  world = memorization.make_world(3, noise=0.1, train=0.6)
+  assert world.images.shape == (1797, 8, 8, 1)
+  assert np.bincount(world.split).tolist() == [1078, 359, 360]
+  assert world.noisy.sum() == 108 and world.noisy[world.split != 0].sum() == 0
+  assert (world.labels[world.noisy] != world.truth[world.noisy]).all()
+  assert (world.labels[~world.noisy] == world.truth[~world.noisy]).all()
+  again = memorization.make_world(3, noise=0.1, train=0.6)
+  for a, b in zip(world, again):
+    np.testing.assert_array_equal(a, b)
+  other = memorization.make_world(4, noise=0.1, train=0.6)
+  assert not np.array_equal(world.labels, other.labels)
+
+
+def points(*rows):
+  return [
+      {'layer_set': i, 'strength': 0.1, 'memorized': m, 'held_out': h}
+      for i, (m, h) in enumerate(rows)
+  ]
+
+
+def test_the_rule_of_choice():
+  """Lowest mean memorized accuracy; the floor must hold on every seed."""
+  results = {
+      '0/unedited': {'held_out': 95.0},
+      '1/unedited': {'held_out': 94.0},
+      # Point 0 fails on seed 0, point 1 on seed 1, 3 is just inside.
+      '0/kfac': points((1, 92.9), (2, 95), (9, 95), (6, 93)),
+      '1/kfac': points((1, 94), (2, 91.9), (9, 95), (6, 92)),
+  }
+  assert memorization.choose(results, [0, 1], 'kfac') == (3, 0.1)
+  results['0/kfac'] = points((1, 10))
+  results['1/kfac'] = points((1, 10))
+  with pytest.raises(ValueError, match='keeps the held-out accuracy'):
+    memorization.choose(results, [0, 1], 'kfac')
+
+
+@pytest.mark.parametrize('world', ['mlp', 'vit'])
+@pytest.mark.parametrize('preset', ['smoke', 'cpu', 'paper', 'choose'])
+def test_every_arm_has_a_grid_of_the_same_size(world, preset):
+  config = get_config(f'{world}-{preset}')
+  assert len({len(memorization.grid(config, a)) for a in config.arms}) == 1
+  chosen = {0, 1}
+  seeds = set(range(config.seed, config.seed + config.num_seeds))
+  assert seeds == chosen if preset == 'choose' else not seeds & chosen
+
+
+@pytest.mark.parametrize('world', ['mlp', 'vit'])
+def test_operating_points_are_what_the_rule_chose(world):
+  """The frozen points, against the committed results of seeds 0 and 1."""
+  folder = ROOT / 'results' / f'memorization-{world}-choose'
+  results = json.loads((folder / 'results.json').read_text())
+  config = get_config(f'{world}-choose')
+  for arm in config.arms:
+    chosen = memorization.choose(results, [0, 1], arm)
+    assert tuple(config.operating_points[arm]) == chosen, arm
+
+
+def claim_results(test=90.0, svd_test=90.0):
+  row = lambda m, t: {
+      'memorized': m, 'recovered': 85.0, 'clean': 99.0, 'held_out': 90.0,
+      'test': t,
+  }  # fmt: skip
+  results = {}
+  for seed in (2, 3, 4):
+    results |= {
+        f'{seed}/unedited': row(100.0, 92.0),
+        f'{seed}/kfac/operating': row(5.0 + seed / 10, test),
+        # The better one is not accurate enough to count.
+        f'{seed}/svd': [row(30.0, svd_test), row(1.0, test - 0.1)],
+        f'{seed}/random': [row(2.0, 10.0)],
+    }
+  return results
+
+
+def test_claims_compare_only_with_points_as_accurate_as_ours():
+  config = get_config('smoke')
+  claims = memorization.make_claims(config, claim_results(), [2, 3, 4])
+  values = {c.id: c.value for c in claims}
+  assert values['mlp_below_svd'] == pytest.approx(5.3 - 30)
+  # No random point qualifies; leaving the network alone does.
+  assert values['mlp_below_random'] == pytest.approx(5.3 - 100)
+  assert values['mlp_test_kept'] == pytest.approx(2.0)
+  assert values['mlp_test_improved'] == pytest.approx(-2.0)
+  passed = {c.id: c.passed for c in claims}
+  assert passed['mlp_test_kept'] and not passed['mlp_test_improved']
+
+
+@pytest.mark.parametrize('world', ['mlp', 'vit'])
+def test_smoke_runs_and_resumes(world, tmp_path):
+  config = get_config(f'{world}-smoke')
+  memorization.run(config, tmp_path)
+  figures = {p.name for p in (tmp_path / 'figures').iterdir()}
+  assert figures == {'tradeoff.png', 'spectrum.png', 'before_after.png'}
+  results = json.loads((tmp_path / 'results.json').read_text())
+  claims = (tmp_path / 'claims.json').read_bytes()
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert len(lines) == config.epochs
+
+  # Lose one seed's arms: they come back the same from the checkpoint.
+  lost = {k: v for k, v in results.items() if not k.startswith('3/')}
+  assert 0 < len(lost) < len(results)
+  (tmp_path / 'results.json').write_text(json.dumps(lost))
+  (tmp_path / 'claims.json').unlink()
+  shutil.rmtree(tmp_path / 'figures')
+  memorization.run(config, tmp_path)
+  assert json.loads((tmp_path / 'results.json').read_text()) == results
+  assert (tmp_path / 'claims.json').read_bytes() == claims
