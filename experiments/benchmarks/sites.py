@@ -131,7 +131,11 @@ def flops_by_hand(batch: int, time_: int, layers: int) -> dict[str, float]:
   norms = layers * sum(
       2 * batch * min(t * t * (i + o), t * i * o) for i, o in SHAPES
   )
-  factors = layers * sum(2 * n * (i * i + o * o) for i, o in SHAPES)
+  # q, k and v read the same input, and so do gate and up: XLA forms the moment
+  # of each once.
+  inputs = [D_MODEL, D_MODEL, D_MODEL, D_FF]
+  moments = [*inputs, *(o for _, o in SHAPES)]
+  factors = layers * sum(2 * n * d * d for d in moments)
   rank1 = layers * sum(2 * n * DIRECTIONS * (i + o) for i, o in SHAPES)
   naive = 2 * batch * DIRECTIONS * layers * sum(i * o + min(i, o) for i, o in SHAPES)
   gradient = forward + to_inputs + project + head
