@@ -29,18 +29,20 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   world = world or 'mlp'
   if world not in WORLDS or name not in PRESETS:
     raise ValueError(
-        f'Unknown preset {preset!r}: it is [WORLD-]PRESET with a world of '
-        f'{WORLDS} and a preset of {PRESETS}, such as mlp-cpu.'
+      f'Unknown preset {preset!r}: it is [WORLD-]PRESET with a world of '
+      f'{WORLDS} and a preset of {PRESETS}, such as mlp-cpu.'
     )
   config = ml_collections.ConfigDict()
   config.world = world
   config.preset = name
   config.seed = 2  # The first; 0 and 1 belong to choosing.
   config.num_seeds = 8
-  config.data = ml_collections.ConfigDict({
+  config.data = ml_collections.ConfigDict(
+    {
       'noise': 0.1,  # Share of training labels replaced by a wrong one.
       'train': 0.6,  # Of the images; the rest is halved: held out and test.
-  })
+    }
+  )
   _TRAINING[world](config)
   config.arms = ('kfac', 'svd', 'random')
   if name in ('paper', 'choose'):
@@ -79,7 +81,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
     else:
       config.model.d_model, config.model.d_ff = 16, 32
     config.strengths = ml_collections.ConfigDict(
-        {arm: config.strengths[arm][::7] for arm in config.arms}
+      {arm: config.strengths[arm][::7] for arm in config.arms}
     )
   return config.lock()
 
@@ -91,22 +93,24 @@ def _mlp(config):
   config.learning_rate = 1e-3
   config.weight_decay = 1.0
   config.layer_sets = (
-      ('layer_1/kernel',),
-      ('layer_2/kernel',),
-      ('layer_1/kernel', 'layer_2/kernel'),
-      ('layer_0/kernel', 'layer_1/kernel'),
-      ('layer_0/kernel', 'layer_2/kernel'),
-      ('layer_0/kernel', 'layer_1/kernel', 'layer_2/kernel'),
+    ('layer_1/kernel',),
+    ('layer_2/kernel',),
+    ('layer_1/kernel', 'layer_2/kernel'),
+    ('layer_0/kernel', 'layer_1/kernel'),
+    ('layer_0/kernel', 'layer_2/kernel'),
+    ('layer_0/kernel', 'layer_1/kernel', 'layer_2/kernel'),
   )
   # Frozen: layer set and strength, from seeds 0 and 1 (preset choose).
-  config.operating_points = ml_collections.ConfigDict({
+  config.operating_points = ml_collections.ConfigDict(
+    {
       'kfac': (2, 0.003),
       'svd': (0, 0.02),
       'random': (3, 0.97),
       'kfac_t1': (0, 0.95),
       'kfac_t10': (0, 0.003),
       'kfac_gold': (0, 0.005),
-  })
+    }
+  )
 
 
 def _vit(config):
@@ -119,22 +123,24 @@ def _vit(config):
   config.weight_decay = 1.0
   up, down = 'blocks/mlp/up/kernel', 'blocks/mlp/down/kernel'
   config.layer_sets = (
-      (up, down),
-      (f'{up}[0:1]', f'{down}[0:1]'),
-      (f'{up}[2:3]', f'{down}[2:3]'),
-      # The published choice: the first layer and the last.
-      (f'{up}[0:1]', f'{down}[0:1]', f'{up}[2:3]', f'{down}[2:3]'),
-      (f'{up}[1:3]', f'{down}[1:3]'),
-      (up,),
+    (up, down),
+    (f'{up}[0:1]', f'{down}[0:1]'),
+    (f'{up}[2:3]', f'{down}[2:3]'),
+    # The published choice: the first layer and the last.
+    (f'{up}[0:1]', f'{down}[0:1]', f'{up}[2:3]', f'{down}[2:3]'),
+    (f'{up}[1:3]', f'{down}[1:3]'),
+    (up,),
   )
-  config.operating_points = ml_collections.ConfigDict({
+  config.operating_points = ml_collections.ConfigDict(
+    {
       'kfac': (0, 0.1),
       'svd': (0, 0.2),
       'random': (0, 0.9),
       'kfac_t1': (0, 0.9),
       'kfac_t10': (0, 0.1),
       'kfac_gold': (0, 0.1),
-  })
+    }
+  )
 
 
 _TRAINING = {'mlp': _mlp, 'vit': _vit}

@@ -42,10 +42,10 @@ from idesign.sites import selection
 
 METRICS = ('memorized', 'recovered', 'clean', 'held_out', 'test')
 FISHER = {
-    'kfac': curvature.Fisher(normalize='example', num_samples=8),
-    'kfac_t1': curvature.Fisher(num_samples=8),
-    'kfac_t10': curvature.Fisher(temperature=10.0, num_samples=8),
-    'kfac_gold': curvature.Fisher(labels='gold', normalize='example'),
+  'kfac': curvature.Fisher(normalize='example', num_samples=8),
+  'kfac_t1': curvature.Fisher(num_samples=8),
+  'kfac_t10': curvature.Fisher(temperature=10.0, num_samples=8),
+  'kfac_gold': curvature.Fisher(labels='gold', normalize='example'),
 }
 
 
@@ -68,10 +68,10 @@ def make_world(seed: int, noise: float, train: float) -> World:
   images, truth = datasets.load_digits(return_X_y=True)
   everything = np.arange(len(truth))
   trained, rest = model_selection.train_test_split(
-      everything, train_size=train, stratify=truth, random_state=seed
+    everything, train_size=train, stratify=truth, random_state=seed
   )
   held_out, test = model_selection.train_test_split(
-      rest, train_size=0.5, stratify=truth[rest], random_state=seed
+    rest, train_size=0.5, stratify=truth[rest], random_state=seed
   )
   order = np.concatenate([trained, held_out, test])
   images = images[order].reshape(-1, 8, 8, 1) / 16
@@ -88,23 +88,23 @@ def make_world(seed: int, noise: float, train: float) -> World:
 
 
 def make_model(config) -> models.Model:
-  """The classifier of 8 x 8 images, `apply(params, [B, 8, 8, 1]) -> [B, 10]`."""
+  """The classifier: `apply(params, [B, 8, 8, 1]) -> [B, 10]`."""
   if config.world == 'mlp':
     net = models.mlp(models.MLPConfig(64, tuple(config.model.hidden), 10))
     flat = lambda params, x: net.apply(params, x.reshape(x.shape[0], 64))
     return net._replace(apply=flat)
   m = config.model
   return models.vit(
-      models.ViTConfig(
-          image_size=8,
-          channels=1,
-          num_classes=10,
-          patch_size=m.patch_size,
-          d_model=m.d_model,
-          n_heads=m.n_heads,
-          d_ff=m.d_ff,
-          n_layers=m.n_layers,
-      )
+    models.ViTConfig(
+      image_size=8,
+      channels=1,
+      num_classes=10,
+      patch_size=m.patch_size,
+      d_model=m.d_model,
+      n_heads=m.n_heads,
+      d_ff=m.d_ff,
+      n_layers=m.n_layers,
+    )
   )
 
 
@@ -113,12 +113,12 @@ class _SeedBatches:
 
   def __init__(self, worlds: Sequence[World], seeds, batch_size: int):
     self._streams = [
-        training.Batches(
-            {'image': w.images[w.train], 'label': w.labels[w.train]},
-            batch_size,
-            seed=seed,
-        )
-        for w, seed in zip(worlds, seeds)
+      training.Batches(
+        {'image': w.images[w.train], 'label': w.labels[w.train]},
+        batch_size,
+        seed=seed,
+      )
+      for w, seed in zip(worlds, seeds)
     ]
     self.steps_per_epoch = self._streams[0].steps_per_epoch
 
@@ -135,8 +135,8 @@ def train(config, model, worlds, seeds, workdir: contract.Workdir):
   data = _SeedBatches(worlds, seeds, config.batch_size)
   num_steps = config.epochs * data.steps_per_epoch
   optimizer = optax.adamw(
-      optax.cosine_decay_schedule(config.learning_rate, num_steps),
-      weight_decay=config.weight_decay,
+    optax.cosine_decay_schedule(config.learning_rate, num_steps),
+    weight_decay=config.weight_decay,
   )
 
   def loss(params, batch):
@@ -155,28 +155,28 @@ def train(config, model, worlds, seeds, workdir: contract.Workdir):
   def start(keys):
     params = jax.vmap(model.init)(keys)
     return training.TrainState(
-        jnp.zeros((), jnp.int32),
-        params,
-        jax.vmap(optimizer.init)(params),
-        jax.random.key(config.seed),
+      jnp.zeros((), jnp.int32),
+      params,
+      jax.vmap(optimizer.init)(params),
+      jax.random.key(config.seed),
     )
 
   keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
   with (
-      training.Checkpointer(
-          workdir.path, workdir.config, ignore=['environment']
-      ) as checkpointer,
-      training.MetricsWriter(workdir.path / 'metrics.jsonl') as writer,
+    training.Checkpointer(
+      workdir.path, workdir.config, ignore=['environment']
+    ) as checkpointer,
+    training.MetricsWriter(workdir.path / 'metrics.jsonl') as writer,
   ):
     state = training.fit(
-        start(keys),
-        jax.jit(step, donate_argnums=0),
-        data,
-        num_steps=num_steps,
-        checkpointer=checkpointer,
-        save_every=max(1, num_steps // 10),
-        writer=writer,
-        log_every=data.steps_per_epoch,
+      start(keys),
+      jax.jit(step, donate_argnums=0),
+      data,
+      num_steps=num_steps,
+      checkpointer=checkpointer,
+      save_every=max(1, num_steps // 10),
+      writer=writer,
+      log_every=data.steps_per_epoch,
     )
   return state.params
 
@@ -200,11 +200,11 @@ def measure(trained: Trained, params) -> dict[str, float]:
   percent = lambda hits: 100 * float(hits.mean())
   right = said == world.truth
   return {
-      'memorized': percent((said == world.labels)[world.noisy]),
-      'recovered': percent(right[world.noisy]),
-      'clean': percent(right[world.train & ~world.noisy]),
-      'held_out': percent(right[world.split == 1]),
-      'test': percent(right[world.split == 2]),
+    'memorized': percent((said == world.labels)[world.noisy]),
+    'recovered': percent(right[world.noisy]),
+    'clean': percent(right[world.train & ~world.noisy]),
+    'held_out': percent(right[world.split == 1]),
+    'test': percent(right[world.split == 2]),
   }
 
 
@@ -216,7 +216,9 @@ def layer_set(at, patterns: Sequence[str]):
     pattern = selection.parse(text)
     site = chosen[pattern.name] = at[pattern.name]
     if pattern.layers is not None:
-      layers.setdefault(pattern.name, []).extend(range(*pattern.steps(site.stack[0])))
+      layers.setdefault(pattern.name, []).extend(
+        range(*pattern.steps(site.stack[0]))
+      )
   return chosen, layers
 
 
@@ -226,20 +228,20 @@ def make_edit(config, trained: Trained, arm: str, point) -> curvature.Edit:
   at, layers = layer_set(trained.at, config.layer_sets[index])
   if arm == 'svd':
     return curvature.keep_singular(
-        trained.params, at, trained.singular, share=strength, layers=layers
+      trained.params, at, trained.singular, share=strength, layers=layers
     )
   if arm == 'random':
     return curvature.keep_random(
-        trained.params,
-        at,
-        trained.bases['kfac'],
-        share=strength,
-        seed=trained.seed,
-        layers=layers,
+      trained.params,
+      at,
+      trained.bases['kfac'],
+      share=strength,
+      seed=trained.seed,
+      layers=layers,
     )
   kept = {'mass' if arm == 'kfac_t1' else 'share': strength}
   return curvature.keep_high_curvature(
-      trained.params, at, trained.bases[arm], layers=layers, **kept
+    trained.params, at, trained.bases[arm], layers=layers, **kept
   )
 
 
@@ -247,19 +249,19 @@ def run_point(config, trained: Trained, arm: str, point) -> dict[str, Any]:
   """Measures one grid point."""
   edit = make_edit(config, trained, arm, point)
   return {
-      'layer_set': point[0],
-      'strength': point[1],
-      'removed': 100 * (1 - float(np.mean(list(edit.kept.values())))),
-      **measure(trained, edit.apply(trained.params)),
+    'layer_set': point[0],
+    'strength': point[1],
+    'removed': 100 * (1 - float(np.mean(list(edit.kept.values())))),
+    **measure(trained, edit.apply(trained.params)),
   }
 
 
 def grid(config, arm: str) -> list[tuple[int, float]]:
   """All points of an arm; every arm has equally many."""
   return [
-      (index, strength)
-      for index in range(len(config.layer_sets))
-      for strength in config.strengths[arm]
+    (index, strength)
+    for index in range(len(config.layer_sets))
+    for strength in config.strengths[arm]
   ]
 
 
@@ -273,14 +275,14 @@ def choose(results: Mapping[str, Any], seeds, arm: str) -> tuple[int, float]:
   rows = [results[f'{seed}/{arm}'] for seed in seeds]
   floors = [results[f'{seed}/unedited']['held_out'] - 2 for seed in seeds]
   allowed = [
-      points
-      for points in zip(*rows)
-      if all(p['held_out'] >= floor for p, floor in zip(points, floors))
+    points
+    for points in zip(*rows)
+    if all(p['held_out'] >= floor for p, floor in zip(points, floors))
   ]
   if not allowed:
     raise ValueError(
-        f'No grid point of {arm!r} keeps the held-out accuracy; extend '
-        f'config.strengths.{arm} towards keeping more.'
+      f'No grid point of {arm!r} keeps the held-out accuracy; extend '
+      f'config.strengths.{arm} towards keeping more.'
     )
   best = min(allowed, key=lambda ps: np.mean([p['memorized'] for p in ps]))
   return best[0]['layer_set'], best[0]['strength']
@@ -304,10 +306,10 @@ def curvature_profile(config, model, trained: Trained) -> dict[str, Any]:
   wrong = (world.truth + rng.integers(1, 10, len(world.truth))) % 10
   held_out = world.split == 1
   groups = {
-      'noisy, memorized': (world.noisy, world.labels),
-      'clean, trained on': (world.train & ~world.noisy, world.labels),
-      'held out, wrong label': (held_out, wrong),
-      'held out, true label': (held_out, world.truth),
+    'noisy, memorized': (world.noisy, world.labels),
+    'clean, trained on': (world.train & ~world.noisy, world.labels),
+    'held out, wrong label': (held_out, wrong),
+    'held out, true label': (held_out, world.truth),
   }
 
   def share(x, dy, bases):
@@ -338,10 +340,10 @@ def curvature_profile(config, model, trained: Trained) -> dict[str, Any]:
     total = total.reshape(-1)[order]
     lines[name] = np.cumsum(total) / total.sum()
   return {
-      'path': path,
-      'share': (ranks / size).tolist(),
-      'lines': {k: v[ranks - 1].tolist() for k, v in lines.items()},
-      'relative_curvature': (mass[ranks - 1] / mass[0]).tolist(),
+    'path': path,
+    'share': (ranks / size).tolist(),
+    'lines': {k: v[ranks - 1].tolist() for k, v in lines.items()},
+    'relative_curvature': (mass[ranks - 1] / mass[0]).tolist(),
   }
 
 
@@ -397,53 +399,55 @@ def run(config, folder: pathlib.Path) -> None:
   seeds = list(range(config.seed, config.seed + config.num_seeds))
   worlds = [make_world(s, config.data.noise, config.data.train) for s in seeds]
   workdir = contract.Workdir(
-      folder, config, contract.fingerprint(*(a for w in worlds for a in w))
+    folder, config, contract.fingerprint(*(a for w in worlds for a in w))
   )
   model = make_model(config)
   params = train(config, model, worlds, seeds, workdir)
 
-  paths = sorted({selection.parse(p).name for s in config.layer_sets for p in s})
+  paths = sorted(
+    {selection.parse(p).name for s in config.layer_sets for p in s}
+  )
   predict = jax.jit(lambda p, x: jnp.argmax(model.apply(p, x), -1))
   loss = lambda p, x: model.apply(p, x).sum(-1)
   arms = [arm for arm in FISHER if arm in config.arms]
   factors = {
-      arm: jax.jit(curvature.kfac_factors(model.apply, paths, FISHER[arm]))
-      for arm in arms
+    arm: jax.jit(curvature.kfac_factors(model.apply, paths, FISHER[arm]))
+    for arm in arms
   }
   for i, (seed, world) in enumerate(zip(seeds, worlds)):
     mine = jax.tree.map(lambda a, i=i: a[i], params)
     images, labels = world.images[world.train], world.labels[world.train]
     at = {s.name: s for s in sites.find_sites(loss, mine, images, paths).sites}
     bases = {
-        arm: curvature.spectra(
-            factors[arm](mine, images, **_labels(arm, seed, labels))
-        )
-        for arm in arms
+      arm: curvature.spectra(
+        factors[arm](mine, images, **_labels(arm, seed, labels))
+      )
+      for arm in arms
     }
     trained = Trained(
-        seed, world, mine, predict, at, bases, curvature.singular(mine, at)
+      seed, world, mine, predict, at, bases, curvature.singular(mine, at)
     )
     workdir.arm(f'{seed}/unedited', lambda: measure(trained, trained.params))
     for arm in config.arms:
       points = grid(config, arm)
       bar = tqdm.tqdm(points, desc=f'seed {seed}, {arm}', leave=False)
       workdir.arm(
-          f'{seed}/{arm}',
-          lambda: [run_point(config, trained, arm, p) for p in bar],
+        f'{seed}/{arm}',
+        lambda: [run_point(config, trained, arm, p) for p in bar],
       )
       at_point = config.operating_points[arm]
       workdir.arm(
-          f'{seed}/{arm}/operating',
-          lambda: run_point(config, trained, arm, at_point),
+        f'{seed}/{arm}/operating',
+        lambda: run_point(config, trained, arm, at_point),
       )
     # The placebo proper: as many components as ours keeps, at random.
     equal = config.operating_points.kfac
     workdir.arm(
-        f'{seed}/random/equal',
-        lambda: run_point(config, trained, 'random', equal),
+      f'{seed}/random/equal',
+      lambda: run_point(config, trained, 'random', equal),
     )
     workdir.arm(
-        f'{seed}/profile', lambda: curvature_profile(config, model, trained)
+      f'{seed}/profile', lambda: curvature_profile(config, model, trained)
     )
 
   results = workdir.results

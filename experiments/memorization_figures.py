@@ -14,12 +14,12 @@ import numpy as np
 from experiments.contract.claims import interval
 
 LABELS = {
-    'kfac': 'K-FAC, normalized (ours)',
-    'kfac_t1': 'K-FAC, published recipe',
-    'kfac_t10': 'K-FAC, temperature 10',
-    'kfac_gold': 'K-FAC, gold labels',
-    'svd': 'SVD rank truncation',
-    'random': 'random components',
+  'kfac': 'K-FAC, normalized (ours)',
+  'kfac_t1': 'K-FAC, published recipe',
+  'kfac_t10': 'K-FAC, temperature 10',
+  'kfac_gold': 'K-FAC, gold labels',
+  'svd': 'SVD rank truncation',
+  'random': 'random components',
 }
 COLORS = {
     'kfac': '#0072B2', 'kfac_t1': '#56B4E9', 'kfac_t10': '#009E73',
@@ -38,9 +38,9 @@ def draw(workdir: pathlib.Path) -> None:
       'figure.constrained_layout.use': True,
   }):  # fmt: skip
     for name, figure in (
-        ('tradeoff', _tradeoff(results, config, seeds)),
-        ('spectrum', _spectrum(results, config, seeds)),
-        ('before_after', _bars(results, config, seeds)),
+      ('tradeoff', _tradeoff(results, config, seeds)),
+      ('spectrum', _spectrum(results, config, seeds)),
+      ('before_after', _bars(results, config, seeds)),
     ):
       figure.savefig(workdir / 'figures' / f'{name}.png')
       plt.close(figure)
@@ -88,7 +88,7 @@ def _spectrum(results, config, seeds):
   """Cumulative mass over components in descending order of curvature."""
   profiles = [results[f'{s}/profile'] for s in seeds]
   figure, (left, right) = plt.subplots(
-      1, 2, figsize=(7.2, 3.2), gridspec_kw={'width_ratios': (1, 1.35)}
+    1, 2, figsize=(7.2, 3.2), gridspec_kw={'width_ratios': (1, 1.35)}
   )
   share = 100 * np.array(profiles[0]['share'])
   curves = np.array([p['relative_curvature'] for p in profiles])
@@ -98,18 +98,18 @@ def _spectrum(results, config, seeds):
       ylabel='curvature / largest', ylim=(1e-12, 2),
   )  # fmt: skip
   styles = {
-      'curvature': ('black', '-'),
-      'clean, trained on': ('#0072B2', '-'),
-      'noisy, memorized': ('#D55E00', '-'),
-      'held out, true label': ('#0072B2', '--'),
-      'held out, wrong label': ('#D55E00', '--'),
+    'curvature': ('black', '-'),
+    'clean, trained on': ('#0072B2', '-'),
+    'noisy, memorized': ('#D55E00', '-'),
+    'held out, true label': ('#0072B2', '--'),
+    'held out, wrong label': ('#D55E00', '--'),
   }
   for name, (color, style) in styles.items():
     lines = 100 * np.array([p['lines'][name] for p in profiles])
     label = 'curvature' if name == 'curvature' else f'gradients: {name}'
     right.plot(share, lines.mean(0), color=color, ls=style, label=label)
     right.fill_between(
-        share, lines.min(0), lines.max(0), color=color, alpha=0.12, lw=0
+      share, lines.min(0), lines.max(0), color=color, alpha=0.12, lw=0
     )
   kept = [100 - results[f'{s}/kfac/operating']['removed'] for s in seeds]
   for axis in (left, right):
@@ -123,7 +123,7 @@ def _spectrum(results, config, seeds):
       ylabel='share of mass kept (%)', ylim=(0, 105),
   )  # fmt: skip
   right.legend(fontsize=7)
-  figure.suptitle(f"Weight {profiles[0]['path']}", fontsize=9)
+  figure.suptitle(f'Weight {profiles[0]["path"]}', fontsize=9)
   return figure
 
 
@@ -135,11 +135,13 @@ def _bars(results, config, seeds):
   }  # fmt: skip
   groups = [('unedited', 'unedited', 'black')]
   groups += [
-      (f'{a}/operating', LABELS[a], COLORS[a])
-      for a in config['arms']
-      if a != 'random'
+    (f'{a}/operating', LABELS[a], COLORS[a])
+    for a in config['arms']
+    if a != 'random'
   ]
-  groups.append(('random/equal', 'as many components, random', COLORS['random']))
+  groups.append(
+    ('random/equal', 'as many components, random', COLORS['random'])
+  )
   figure, axis = plt.subplots(figsize=(6.2, 3.2))
   width = 0.8 / len(groups)
   for i, (key, label, color) in enumerate(groups):
@@ -150,11 +152,13 @@ def _bars(results, config, seeds):
     bounds = np.array([interval(v) for v in values]).T
     axis.bar(x, means, width * 0.92, color=color, label=label)
     axis.errorbar(
-        x, means, np.abs(bounds - means), fmt='none', ecolor='#444444', lw=0.9
+      x, means, np.abs(bounds - means), fmt='none', ecolor='#444444', lw=0.9
     )
   axis.set(
       xticks=np.arange(len(metrics)), xticklabels=list(metrics.values()),
       ylabel='%', ylim=(0, 103),
   )  # fmt: skip
-  axis.legend(fontsize=7.5, loc='upper center', ncols=3, bbox_to_anchor=(0.5, 1.2))
+  axis.legend(
+    fontsize=7.5, loc='upper center', ncols=3, bbox_to_anchor=(0.5, 1.2)
+  )
   return figure

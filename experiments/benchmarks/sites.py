@@ -22,7 +22,6 @@ from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.contract import write_text
 from idesign import curvature
@@ -43,16 +42,16 @@ SHAPES = [(D_MODEL, D_MODEL)] * 4 + [(D_MODEL, D_FF)] * 2 + [(D_FF, D_MODEL)]
 
 def decoder(layers: int, *, unroll: bool) -> models.Model:
   return models.transformer(
-      models.TransformerConfig(
-          vocab_size=VOCAB,
-          max_len=1024,
-          d_model=D_MODEL,
-          d_ff=D_FF,
-          n_heads=N_HEADS,
-          n_layers=layers,
-          tie_embeddings=True,
-          unroll=layers if unroll else 1,
-      )
+    models.TransformerConfig(
+      vocab_size=VOCAB,
+      max_len=1024,
+      d_model=D_MODEL,
+      d_ff=D_FF,
+      n_heads=N_HEADS,
+      n_layers=layers,
+      tie_embeddings=True,
+      unroll=layers if unroll else 1,
+    )
   )
 
 
@@ -84,28 +83,28 @@ def programs(model: models.Model, layers: int) -> dict[str, Callable[..., Any]]:
     def one(x):
       grads = jax.grad(total)(p, x[None])['blocks']
       leaves = {
-          f'blocks/{room}/{name}/kernel': grads[room][name]['kernel']
-          for room in ('attn', 'mlp')
-          for name in grads[room]
+        f'blocks/{room}/{name}/kernel': grads[room][name]['kernel']
+        for room in ('attn', 'mlp')
+        for name in grads[room]
       }
       return {
-          k: jnp.einsum('lio,lci,lco->lc', g, *directions[k])
-          for k, g in leaves.items()
+        k: jnp.einsum('lio,lci,lco->lc', g, *directions[k])
+        for k, g in leaves.items()
       }
 
     return jax.vmap(one)(x)
 
   return {
-      'forward': lambda p, x, _: loss(p, x),
-      'gradient': lambda p, x, _: jax.grad(total)(p, x),
-      'norms': read(norms),
-      'norms + gradient': read(norms, with_grads=True),
-      'norms + gradient, last quarter of layers': read(
-          norms, quarter, with_grads=True
-      ),
-      'K-FAC factors': read(factors),
-      '512 rank-1 directions': lambda p, x, d: rank1(p, x, inputs={'d': d}),
-      '512 rank-1 directions, vmap(grad)': naive,
+    'forward': lambda p, x, _: loss(p, x),
+    'gradient': lambda p, x, _: jax.grad(total)(p, x),
+    'norms': read(norms),
+    'norms + gradient': read(norms, with_grads=True),
+    'norms + gradient, last quarter of layers': read(
+      norms, quarter, with_grads=True
+    ),
+    'K-FAC factors': read(factors),
+    '512 rank-1 directions': lambda p, x, d: rank1(p, x, inputs={'d': d}),
+    '512 rank-1 directions, vmap(grad)': naive,
   }
 
 
@@ -129,7 +128,7 @@ def flops_by_hand(batch: int, time_: int, layers: int) -> dict[str, float]:
   # nothing before them is differentiated.
   spared = 2 * n * 3 * D_MODEL**2
   norms = layers * sum(
-      2 * batch * min(t * t * (i + o), t * i * o) for i, o in SHAPES
+    2 * batch * min(t * t * (i + o), t * i * o) for i, o in SHAPES
   )
   # q, k and v read the same input, and so do gate and up: XLA forms the moment
   # of each once.
@@ -137,45 +136,49 @@ def flops_by_hand(batch: int, time_: int, layers: int) -> dict[str, float]:
   moments = [*inputs, *(o for _, o in SHAPES)]
   factors = layers * sum(2 * n * d * d for d in moments)
   rank1 = layers * sum(2 * n * DIRECTIONS * (i + o) for i, o in SHAPES)
-  naive = 2 * batch * DIRECTIONS * layers * sum(i * o + min(i, o) for i, o in SHAPES)
+  naive = (
+    2 * batch * DIRECTIONS * layers * sum(i * o + min(i, o) for i, o in SHAPES)
+  )
   gradient = forward + to_inputs + project + head
   return {
-      'forward': forward,
-      'gradient': gradient,
-      'norms': forward + to_inputs - spared + norms,
-      'norms + gradient': gradient + norms,
-      'norms + gradient, last quarter of layers': gradient
-      + norms * max(1, layers // 4) / layers,
-      'K-FAC factors': forward + to_inputs - spared + factors,
-      '512 rank-1 directions': forward + to_inputs - spared + rank1,
-      '512 rank-1 directions, vmap(grad)': gradient + naive,
+    'forward': forward,
+    'gradient': gradient,
+    'norms': forward + to_inputs - spared + norms,
+    'norms + gradient': gradient + norms,
+    'norms + gradient, last quarter of layers': gradient
+    + norms * max(1, layers // 4) / layers,
+    'K-FAC factors': forward + to_inputs - spared + factors,
+    '512 rank-1 directions': forward + to_inputs - spared + rank1,
+    '512 rank-1 directions, vmap(grad)': gradient + naive,
   }
 
 
-def measure(batch: int, time_: int, layers: int, repeats: int) -> dict[str, Any]:
+def measure(
+  batch: int, time_: int, layers: int, repeats: int
+) -> dict[str, Any]:
   """Times and counts every program; see the module's docstring."""
   model = decoder(layers, unroll=False)
   params = jax.jit(model.init)(jax.random.key(0))
-  tokens = jax.random.randint(
-      jax.random.key(1), (batch, time_ + 1), 0, VOCAB
-  )
-  shapes = {s.name: (s.d_in, s.d_out) for s in
-            sites.find_sites(loss_of(model), params, tokens, PROJECTIONS).sites}
+  tokens = jax.random.randint(jax.random.key(1), (batch, time_ + 1), 0, VOCAB)
+  shapes = {
+    s.name: (s.d_in, s.d_out)
+    for s in sites.find_sites(loss_of(model), params, tokens, PROJECTIONS).sites
+  }
   directions = {
-      name: tuple(
-          jax.random.normal(jax.random.key(k), (layers, DIRECTIONS, d))
-          for k, d in enumerate(ds)
-      )
-      for name, ds in shapes.items()
+    name: tuple(
+      jax.random.normal(jax.random.key(k), (layers, DIRECTIONS, d))
+      for k, d in enumerate(ds)
+    )
+    for name, ds in shapes.items()
   }
   arguments = (params, tokens, directions)
   compiled = {
-      name: jax.jit(f).lower(*arguments).compile()
-      for name, f in programs(model, layers).items()
+    name: jax.jit(f).lower(*arguments).compile()
+    for name, f in programs(model, layers).items()
   }
   unrolled = {
-      name: jax.jit(f).lower(*arguments).compile()
-      for name, f in programs(decoder(layers, unroll=True), layers).items()
+    name: jax.jit(f).lower(*arguments).compile()
+    for name, f in programs(decoder(layers, unroll=True), layers).items()
   }
   times: dict[str, list[float]] = {name: [] for name in compiled}
   for repeat in range(repeats + 1):
@@ -191,21 +194,21 @@ def measure(batch: int, time_: int, layers: int, repeats: int) -> dict[str, Any]
     memory = compiled[name].memory_analysis()
     ratios = [a / b for a, b in zip(times[name], times['gradient'])]
     rows[name] = {
-        'seconds': stats.median(times[name]),
-        'time_ratio': stats.median(ratios),
-        'time_ratio_range': [min(ratios), max(ratios)],
-        'xla_gflops': flops / 1e9,
-        'formula_gflops': by_hand[name] / 1e9,
-        'flops_off_by': flops / by_hand[name] - 1,
-        'temporary_mib': memory.temp_size_in_bytes / 2**20,
+      'seconds': stats.median(times[name]),
+      'time_ratio': stats.median(ratios),
+      'time_ratio_range': [min(ratios), max(ratios)],
+      'xla_gflops': flops / 1e9,
+      'formula_gflops': by_hand[name] / 1e9,
+      'flops_off_by': flops / by_hand[name] - 1,
+      'temporary_mib': memory.temp_size_in_bytes / 2**20,
     }
   size = sum(x.size for x in jax.tree.leaves(params))
   return {
-      'parameters': size,
-      'sites': len(shapes) * layers,
-      'tokens': [batch, time_],
-      'device': jax.devices()[0].device_kind,
-      'programs': rows,
+    'parameters': size,
+    'sites': len(shapes) * layers,
+    'tokens': [batch, time_],
+    'device': jax.devices()[0].device_kind,
+    'programs': rows,
   }
 
 
@@ -214,17 +217,17 @@ def main(argv):
     raise app.UsageError(f'Unknown arguments: {argv[1:]}.')
   result = measure(_BATCH.value, _TIME.value, _LAYERS.value, _REPEATS.value)
   print(
-      f"{result['parameters'] / 1e6:.2f} M parameters, {result['sites']} sites, "
-      f"{_BATCH.value} x {_TIME.value} tokens, {result['device']}"
+    f'{result["parameters"] / 1e6:.2f} M parameters, {result["sites"]} sites, '
+    f'{_BATCH.value} x {_TIME.value} tokens, {result["device"]}'
   )
   print(f"{'':42}{'time':>7}{'range':>14}{'GFLOP':>9}{'formula':>9}"
         f"{'off':>7}{'temp MiB':>10}")  # fmt: skip
   for name, r in result['programs'].items():
     low, high = r['time_ratio_range']
     print(
-        f"{name:42}{r['time_ratio']:7.2f}{f'{low:.2f}-{high:.2f}':>14}"
-        f"{r['xla_gflops']:9.1f}{r['formula_gflops']:9.1f}"
-        f"{r['flops_off_by']:7.1%}{r['temporary_mib']:10.0f}"
+      f'{name:42}{r["time_ratio"]:7.2f}{f"{low:.2f}-{high:.2f}":>14}'
+      f'{r["xla_gflops"]:9.1f}{r["formula_gflops"]:9.1f}'
+      f'{r["flops_off_by"]:7.1%}{r["temporary_mib"]:10.0f}'
     )
   rows = result['programs']
   overhead = lambda name: rows[name]['time_ratio'] - 1

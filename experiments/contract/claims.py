@@ -60,8 +60,8 @@ def interval(samples: Sequence[float]) -> tuple[float, float]:
   values = np.asarray(samples, float)
   if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
     raise ValueError(
-        f'An interval needs at least two finite samples; got {values.tolist()}. '
-        'Run more seeds.'
+      f'An interval needs at least two finite samples; got {values.tolist()}. '
+      'Run more seeds.'
     )
   if np.ptp(values) == 0:
     return float(values[0]), float(values[0])
@@ -69,25 +69,25 @@ def interval(samples: Sequence[float]) -> tuple[float, float]:
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
     return float(values.mean() - half), float(values.mean() + half)
   bounds = scipy.stats.bootstrap(
-      (values,), np.mean, method='BCa', rng=np.random.default_rng(0)
+    (values,), np.mean, method='BCa', rng=np.random.default_rng(0)
   ).confidence_interval
   return float(bounds.low), float(bounds.high)
 
 
 def claim(
-    id: str,  # pylint: disable=redefined-builtin
-    statement: str,
-    samples: Sequence[float],
-    comparator: Literal['>=', '<='],
-    target: float,
-    *,
-    seeds: Sequence[int],
-    reference: str,
+  id: str,  # pylint: disable=redefined-builtin
+  statement: str,
+  samples: Sequence[float],
+  comparator: Literal['>=', '<='],
+  target: float,
+  *,
+  seeds: Sequence[int],
+  reference: str,
 ) -> Claim:
   """Judges samples, one per seed: the interval's worse bound must hold."""
   if len(samples) != len(seeds):
     raise ValueError(
-        f'Claim {id!r} has {len(samples)} samples for {len(seeds)} seeds.'
+      f'Claim {id!r} has {len(samples)} samples for {len(seeds)} seeds.'
     )
   low, high = interval(samples)
   if comparator == '>=':
@@ -97,15 +97,15 @@ def claim(
   else:
     raise ValueError(f"comparator is '>=' or '<=', not {comparator!r}.")
   return Claim(
-      id=id,
-      statement=statement,
-      value=float(np.mean(samples)),
-      ci95=(low, high),
-      seeds=tuple(int(s) for s in seeds),
-      comparator=comparator,
-      target=float(target),
-      passed=bool(passed),
-      reference=reference,
+    id=id,
+    statement=statement,
+    value=float(np.mean(samples)),
+    ci95=(low, high),
+    seeds=tuple(int(s) for s in seeds),
+    comparator=comparator,
+    target=float(target),
+    passed=bool(passed),
+    reference=reference,
   )
 
 

@@ -17,13 +17,13 @@ from idesign import training
 
 
 def main(run: Callable[[object, pathlib.Path], None]) -> None:
-  """Runs an experiment as `python -m experiments.NAME --config=... --workdir=...`.
+  """Runs an experiment from its command line.
 
   Args:
     run: `run(config, workdir)`; writes results, figures and `claims.json`.
   """
   config = config_flags.DEFINE_config_file(
-      'config', None, 'Config file and preset, as in configs/NAME.py:cpu.'
+    'config', None, 'Config file and preset, as in configs/NAME.py:cpu.'
   )
   workdir = flags.DEFINE_string('workdir', None, 'Folder of the run.')
   strict = flags.DEFINE_bool('strict', False, 'Exit 1 if a claim fails.')
@@ -43,8 +43,8 @@ def main(run: Callable[[object, pathlib.Path], None]) -> None:
       verdict = 'holds' if c['passed'] else 'FAILS'
       low, high = c['ci95']
       print(
-          f"{verdict}  {c['statement']}: {c['value']:.2f} [{low:.2f}, {high:.2f}]"
-          f" {c['comparator']} {c['target']:g}"
+        f'{verdict}  {c["statement"]}: {c["value"]:.2f} [{low:.2f}, {high:.2f}]'
+        f' {c["comparator"]} {c["target"]:g}'
       )
       failed += [] if c['passed'] else [c['id']]
     if failed and strict.value:

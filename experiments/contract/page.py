@@ -14,8 +14,8 @@ import pathlib
 from experiments.contract.workdir import write_text
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem; color: #1a1a1a }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem;
+  margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0 }
 td, th { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #ddd;
   vertical-align: top }
@@ -31,32 +31,34 @@ def _claims(workdir: pathlib.Path) -> str:
     verdict = 'holds' if c['passed'] else 'fails'
     low, high = c['ci95']
     sign = {'>=': '≥', '<=': '≤'}[c['comparator']]
+    note = f'{c["reference"]}; {len(c["seeds"])} seeds'
     rows.append(
-        f'<tr><td class="{verdict}">{verdict}</td>'
-        f"<td>{html.escape(c['statement'])}<br>"
-        f"<small>{html.escape(c['reference'])}; {len(c['seeds'])} seeds</small></td>"
-        f"<td class=n>{c['value']:.2f} [{low:.2f}, {high:.2f}]</td>"
-        f"<td class=n>{sign} {c['target']:g}</td></tr>"
+      f'<tr><td class="{verdict}">{verdict}</td>'
+      f'<td>{html.escape(c["statement"])}<br>'
+      f'<small>{html.escape(note)}</small></td>'
+      f'<td class=n>{c["value"]:.2f} [{low:.2f}, {high:.2f}]</td>'
+      f'<td class=n>{sign} {c["target"]:g}</td></tr>'
     )
-  head = '<tr><th></th><th>claim</th><th>mean [95 % interval]</th><th>target</th></tr>'
-  return f'<table>{head}{"".join(rows)}</table>'
+  columns = ('', 'claim', 'mean [95 % interval]', 'target')
+  head = ''.join(f'<th>{c}</th>' for c in columns)
+  return f'<table><tr>{head}</tr>{"".join(rows)}</table>'
 
 
 def _section(workdir: pathlib.Path) -> str:
   config = json.loads((workdir / 'config.json').read_text('utf-8'))
-  commit = config['environment']['commit'][:12]
+  where = '/'.join(workdir.parts[-2:])
+  ran = config['environment']
+  note = f'{where}, commit {ran["commit"][:12]}, {ran["devices"]}'
   parts = [
-      f'<h2 id="{html.escape(workdir.name)}">{html.escape(workdir.name)}</h2>',
-      f"<p><small>{html.escape('/'.join(workdir.parts[-2:]))}, preset {config['preset']}, commit "
-      f"{commit}, {html.escape(config['environment']['devices'])}</small></p>",
-      _claims(workdir),
+    f'<h2>{html.escape(workdir.name)}</h2>',
+    f'<p><small>{html.escape(note)}</small></p>',
+    _claims(workdir),
   ]
   # Embedded, so that the page can be sent to somebody as one file.
   for figure in sorted((workdir / 'figures').glob('*.png')):
     data = base64.b64encode(figure.read_bytes()).decode()
-    parts.append(
-        f'<img alt="{html.escape(figure.stem)}" src="data:image/png;base64,{data}">'
-    )
+    name = html.escape(figure.stem)
+    parts.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')
   return '\n'.join(parts)
 
 
@@ -67,20 +69,20 @@ def write_page(root: pathlib.Path) -> pathlib.Path:
     FileNotFoundError: there is no finished run.
   """
   found = [
-      *sorted((root / 'runs').glob('*/claims.json')),
-      *sorted((root / 'results').glob('*/claims.json')),
+    *sorted((root / 'runs').glob('*/claims.json')),
+    *sorted((root / 'results').glob('*/claims.json')),
   ]
   if not found:
     raise FileNotFoundError(
-        f'No claims.json under {root / "results"} or {root / "runs"}; run an '
-        'experiment first, for example with scripts/reproduce.'
+      f'No claims.json under {root / "results"} or {root / "runs"}; run an '
+      'experiment first, for example with scripts/reproduce.'
     )
   sections = [_section(p.parent) for p in found]
   page = (
-      '<!doctype html><meta charset="utf-8"><title>idesign results</title>'
-      f'<style>{_STYLE}</style><h1>idesign: claims</h1>\n'
-      '<p>A claim holds if the bound of its 95 % interval that hurts is on the '
-      'right side of the target.</p>\n' + '\n'.join(sections) + '\n'
+    '<!doctype html><meta charset="utf-8"><title>idesign results</title>'
+    f'<style>{_STYLE}</style><h1>idesign: claims</h1>\n'
+    '<p>A claim holds if the bound of its 95 % interval that hurts is on the '
+    'right side of the target.</p>\n' + '\n'.join(sections) + '\n'
   )
   (root / 'results').mkdir(exist_ok=True)
   path = root / 'results' / 'index.html'

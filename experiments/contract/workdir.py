@@ -41,16 +41,16 @@ def fingerprint(*arrays: np.ndarray) -> str:
 def environment() -> dict[str, Any]:
   """Versions of every installed package, of Python, and the commit."""
   git = subprocess.run(
-      ['git', 'rev-parse', 'HEAD'], cwd=_ROOT, capture_output=True, text=True
+    ['git', 'rev-parse', 'HEAD'], cwd=_ROOT, capture_output=True, text=True
   )
   packages = {
-      d.metadata['Name']: d.version for d in importlib.metadata.distributions()
+    d.metadata['Name']: d.version for d in importlib.metadata.distributions()
   }
   return {
-      'commit': git.stdout.strip() or 'unknown',
-      'python': platform.python_version(),
-      'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-      'packages': dict(sorted(packages.items(), key=lambda p: p[0].lower())),
+    'commit': git.stdout.strip() or 'unknown',
+    'python': platform.python_version(),
+    'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    'packages': dict(sorted(packages.items(), key=lambda p: p[0].lower())),
   }
 
 
@@ -79,14 +79,14 @@ class Workdir:
     """
     self.config = config.to_dict() | {'data_sha256': data}
     self.path = training.claim_workdir(
-        path,
-        self.config | {'environment': environment()},
-        ignore=['environment'],
+      path,
+      self.config | {'environment': environment()},
+      ignore=['environment'],
     )
     (self.path / 'figures').mkdir(exist_ok=True)
     self._file = self.path / 'results.json'
     self.results = (
-        json.loads(self._file.read_text('utf-8')) if self._file.exists() else {}
+      json.loads(self._file.read_text('utf-8')) if self._file.exists() else {}
     )
 
   def arm(self, name: str, compute: Callable[[], Any]) -> Any:

@@ -30,7 +30,7 @@ class Singular(NamedTuple):
 
 
 def singular(
-    params: PyTree, at: Mapping[str, sites.Site]
+  params: PyTree, at: Mapping[str, sites.Site]
 ) -> dict[str, Singular]:
   """Singular value decompositions of the weights at sites, by site name."""
   leaves = dict(zip(sites.leaf_paths(params), jax.tree.leaves(params)))
@@ -43,12 +43,12 @@ def singular(
 
 
 def keep_singular(
-    params: PyTree,
-    at: Mapping[str, sites.Site],
-    parts: Mapping[str, Singular],
-    *,
-    share: float,
-    layers: Layers | None = None,
+  params: PyTree,
+  at: Mapping[str, sites.Site],
+  parts: Mapping[str, Singular],
+  *,
+  share: float,
+  layers: Layers | None = None,
 ) -> Edit:
   """Rank truncation: keeps the leading singular components of each weight.
 
@@ -77,13 +77,13 @@ def keep_singular(
 
 
 def keep_random(
-    params: PyTree,
-    at: Mapping[str, sites.Site],
-    bases: Mapping[str, Spectrum],
-    *,
-    share: float,
-    seed: int,
-    layers: Layers | None = None,
+  params: PyTree,
+  at: Mapping[str, sites.Site],
+  bases: Mapping[str, Spectrum],
+  *,
+  share: float,
+  seed: int,
+  layers: Layers | None = None,
 ) -> Edit:
   """The placebo: keeps equally many components, chosen at random.
 

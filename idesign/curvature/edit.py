@@ -58,29 +58,29 @@ def _exchange(params, old, new, verb) -> PyTree:
   missing = set(old) - set(paths)
   if missing:
     raise ValueError(
-        f'Cannot {verb} the edit: there is no parameter {sorted(missing)}.'
+      f'Cannot {verb} the edit: there is no parameter {sorted(missing)}.'
     )
   for i, path in enumerate(paths):
     if path not in old:
       continue
     same = leaves[i].shape == old[path].shape and np.array_equal(
-        np.asarray(leaves[i]), np.asarray(old[path])
+      np.asarray(leaves[i]), np.asarray(old[path])
     )
     if not same:
       raise ValueError(
-          f'Cannot {verb} the edit: parameter {path!r} is not the one that the '
-          'edit expects. Apply it once, to the parameters it was made from, and '
-          'revert it before training on.'
+        f'Cannot {verb} the edit: parameter {path!r} is not the one that the '
+        'edit expects. Apply it once, to the parameters it was made from, and '
+        'revert it before training on.'
       )
     leaves[i] = new[path]
   return jax.tree.unflatten(tree, leaves)
 
 
 def edit_from(
-    params: PyTree,
-    at: Mapping[str, sites.Site],
-    layers: Layers | None,
-    change: Callable[[str, np.ndarray], tuple[np.ndarray, np.ndarray]],
+  params: PyTree,
+  at: Mapping[str, sites.Site],
+  layers: Layers | None,
+  change: Callable[[str, np.ndarray], tuple[np.ndarray, np.ndarray]],
 ) -> Edit:
   """An edit of several sites.
 
@@ -97,14 +97,16 @@ def edit_from(
   """
   unknown = set(layers or ()) - set(at)
   if unknown:
-    raise ValueError(f'layers names {sorted(unknown)}; the sites are {sorted(at)}.')
+    raise ValueError(
+      f'layers names {sorted(unknown)}; the sites are {sorted(at)}.'
+    )
   leaves = dict(zip(sites.leaf_paths(params), jax.tree.leaves(params)))
   original, edited, kept = {}, {}, {}
   for name, site in at.items():
     if site.shared:
       raise ValueError(
-          f'Parameter {site.path!r} meets data more than once; editing it at '
-          f'{name!r} would edit it everywhere. Deselect it.'
+        f'Parameter {site.path!r} meets data more than once; editing it at '
+        f'{name!r} would edit it everywhere. Deselect it.'
       )
     leaf = original[site.path] = leaves[site.path]
     matrix = np.asarray(site.matrix(leaf), np.float64)
@@ -122,8 +124,8 @@ def _chosen(site: sites.Site, layers: Sequence[int] | None) -> np.ndarray:
     return np.ones(site.stack, bool)
   if len(site.stack) != 1 or not all(0 <= i < site.stack[0] for i in layers):
     raise ValueError(
-        f'Site {site.name!r} has a stack of {site.stack}; layers {list(layers)} '
-        'cannot be chosen from it.'
+      f'Site {site.name!r} has a stack of {site.stack}; layers {list(layers)} '
+      'cannot be chosen from it.'
     )
   chosen = np.zeros(site.stack, bool)
   chosen[list(layers)] = True
@@ -151,7 +153,7 @@ def _by_layer(function, *arrays: np.ndarray) -> np.ndarray:
 
 
 def curvature_masks(
-    basis: Spectrum, *, mass: float | None = None, share: float | None = None
+  basis: Spectrum, *, mass: float | None = None, share: float | None = None
 ) -> np.ndarray:
   """True for the components of highest curvature.
 
@@ -185,13 +187,13 @@ def curvature_masks(
 
 
 def keep_high_curvature(
-    params: PyTree,
-    at: Mapping[str, sites.Site],
-    bases: Mapping[str, Spectrum],
-    *,
-    mass: float | None = None,
-    share: float | None = None,
-    layers: Layers | None = None,
+  params: PyTree,
+  at: Mapping[str, sites.Site],
+  bases: Mapping[str, Spectrum],
+  *,
+  mass: float | None = None,
+  share: float | None = None,
+  layers: Layers | None = None,
 ) -> Edit:
   """Drops the components of low curvature (Merullo et al. 2025).
 
@@ -216,19 +218,19 @@ def keep_high_curvature(
     ValueError: a site has no spectrum or its weight is shared.
   """
   masks = {
-      name: curvature_masks(_basis(bases, name), mass=mass, share=share)
-      for name in at
+    name: curvature_masks(_basis(bases, name), mass=mass, share=share)
+    for name in at
   }
   return keep_components(params, at, bases, masks, layers=layers)
 
 
 def keep_components(
-    params: PyTree,
-    at: Mapping[str, sites.Site],
-    bases: Mapping[str, Spectrum],
-    masks: Mapping[str, np.ndarray],
-    *,
-    layers: Layers | None = None,
+  params: PyTree,
+  at: Mapping[str, sites.Site],
+  bases: Mapping[str, Spectrum],
+  masks: Mapping[str, np.ndarray],
+  *,
+  layers: Layers | None = None,
 ) -> Edit:
   """Keeps the components where a mask `[*stack, d_in, d_out]` is true."""
 
@@ -242,7 +244,7 @@ def keep_components(
 def _basis(bases, name) -> Spectrum:
   if name not in bases:
     raise ValueError(
-        f'There is no spectrum for site {name!r}; there are {sorted(bases)}. '
-        'Collect the factors with the same selection.'
+      f'There is no spectrum for site {name!r}; there are {sorted(bases)}. '
+      'Collect the factors with the same selection.'
     )
   return bases[name]

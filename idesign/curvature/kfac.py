@@ -50,14 +50,14 @@ class Fisher:
       raise ValueError(f"labels is 'model' or 'gold', not {self.labels!r}.")
     if self.normalize not in ('none', 'example'):
       raise ValueError(
-          f"normalize is 'none' or 'example', not {self.normalize!r}."
+        f"normalize is 'none' or 'example', not {self.normalize!r}."
       )
     if not self.temperature > 0:
       raise ValueError(f'temperature must be positive, not {self.temperature}.')
     if self.num_samples < 1 or (self.labels == 'gold' and self.num_samples > 1):
       raise ValueError(
-          f'num_samples is {self.num_samples}; it must be at least 1, and '
-          'exactly 1 for gold labels, which are not sampled.'
+        f'num_samples is {self.num_samples}; it must be at least 1, and '
+        'exactly 1 for gold labels, which are not sampled.'
       )
 
 
@@ -87,9 +87,9 @@ def _normalized_output_moment(x, dy):
 
 
 def negative_log_likelihood(
-    logits: Float[Array, 'B *T C'],
-    labels: Int[Array, 'B *T'],
-    mask: Bool[Array, 'B *T'] | None = None,
+  logits: Float[Array, 'B *T C'],
+  labels: Int[Array, 'B *T'],
+  mask: Bool[Array, 'B *T'] | None = None,
 ) -> Float[Array, 'B']:
   """`-log p(label)` per example, summed over positions that are not masked."""
   log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -100,9 +100,9 @@ def negative_log_likelihood(
 
 
 def kfac_factors(
-    logits_fn: Logits,
-    select: str | Iterable[str],
-    fisher: Fisher = Fisher(),
+  logits_fn: Logits,
+  select: str | Iterable[str],
+  fisher: Fisher = Fisher(),
 ) -> Callable[..., Factors]:
   """K-FAC factors of one batch; add the results of several batches.
 
@@ -123,9 +123,9 @@ def kfac_factors(
     Whatever `idesign.sites.collect` raises.
   """
   outputs = (
-      sites.output_moment
-      if fisher.normalize == 'none'
-      else sites.Statistic(_normalized_output_moment, additive=True)
+    sites.output_moment
+    if fisher.normalize == 'none'
+    else sites.Statistic(_normalized_output_moment, additive=True)
   )
   moments = {'inputs': sites.input_moment, 'outputs': outputs}
 
@@ -148,9 +148,9 @@ def kfac_factors(
     def once(drawn) -> Factors:
       out = read(params, (inputs, drawn), mask=mask)
       return Factors(
-          out.values['inputs'],
-          out.values['outputs'],
-          jnp.float32(out.losses.shape[0]),
+        out.values['inputs'],
+        out.values['outputs'],
+        jnp.float32(out.losses.shape[0]),
       )
 
     if fisher.labels == 'gold':
@@ -159,7 +159,7 @@ def kfac_factors(
     # One sample at a time: memory does not grow with their number.
     keys = jax.random.split(key, fisher.num_samples)
     zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(once, keys[0])
+      lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(once, keys[0])
     )
     total, _ = jax.lax.scan(lambda f, k: (f + once(k), None), zeros, keys)
     return total

@@ -38,8 +38,8 @@ def _eigh(name: str, moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   moment = np.asarray(moment, np.float64)
   if not np.isfinite(moment).all():
     raise ValueError(
-        f'The {name} factor has entries that are not finite; the loss or an '
-        'activation overflowed. Collect the factors in float32.'
+      f'The {name} factor has entries that are not finite; the loss or an '
+      'activation overflowed. Collect the factors in float32.'
     )
   values, basis = np.linalg.eigh((moment + moment.swapaxes(-1, -2)) / 2)
   # A second moment has no negative eigenvalues; those here are rounding.
@@ -56,18 +56,20 @@ def spectra(factors: Factors) -> dict[str, Spectrum]:
   if not count > 0:
     raise ValueError('The factors hold no example: collect at least one batch.')
   return {
-      site: Spectrum(
-          *_eigh(f'input {site!r}', np.asarray(moment, np.float64) / count),
-          *_eigh(
-              f'output {site!r}',
-              np.asarray(factors.outputs[site], np.float64) / count,
-          ),
-      )
-      for site, moment in factors.inputs.items()
+    site: Spectrum(
+      *_eigh(f'input {site!r}', np.asarray(moment, np.float64) / count),
+      *_eigh(
+        f'output {site!r}',
+        np.asarray(factors.outputs[site], np.float64) / count,
+      ),
+    )
+    for site, moment in factors.inputs.items()
   }
 
 
-def keep_mass(rows: np.ndarray, columns: np.ndarray, share: float) -> np.ndarray:
+def keep_mass(
+  rows: np.ndarray, columns: np.ndarray, share: float
+) -> np.ndarray:
   """The fewest components that hold a share of the total mass, exactly.
 
   Components `(i, j)` of mass `rows[i] * columns[j]` are taken in descending
@@ -101,7 +103,9 @@ def keep_mass(rows: np.ndarray, columns: np.ndarray, share: float) -> np.ndarray
   threshold = _largest_float(lambda t: mass(t) >= share * total)
   above = _at_least(rows, columns, np.nextafter(threshold, np.inf))
   lacking = share * total - float(rows @ prefix[above])
-  return _with_ties(rows, columns, above, threshold, int(np.ceil(lacking / threshold)))
+  return _with_ties(
+    rows, columns, above, threshold, int(np.ceil(lacking / threshold))
+  )
 
 
 def keep_count(rows: np.ndarray, columns: np.ndarray, count: int) -> np.ndarray:
@@ -115,7 +119,7 @@ def keep_count(rows: np.ndarray, columns: np.ndarray, count: int) -> np.ndarray:
   if count == 0:
     return np.zeros(m, int)
   threshold = _largest_float(
-      lambda t: _at_least(rows, columns, t).sum() >= count
+    lambda t: _at_least(rows, columns, t).sum() >= count
   )
   above = _at_least(rows, columns, np.nextafter(threshold, np.inf))
   return _with_ties(rows, columns, above, threshold, count - int(above.sum()))

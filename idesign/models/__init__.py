@@ -2,10 +2,10 @@
 
 from idesign.models.attention import KVCache, init_cache
 from idesign.models.config import (
-    BlockConfig,
-    Llama3Scaling,
-    RopeConfig,
-    TransformerConfig,
+  BlockConfig,
+  Llama3Scaling,
+  RopeConfig,
+  TransformerConfig,
 )
 from idesign.models.functional import DTypePolicy, Model, Params, functional
 from idesign.models.generate import Generation, filter_logits, generate

@@ -41,11 +41,11 @@ def init_cache(config: BlockConfig, batch: int, slots: int) -> KVCache:
   """
   shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
   return KVCache(
-      k_LBSKH=jnp.zeros(shape, config.dtypes.compute),
-      v_LBSKH=jnp.zeros(shape, config.dtypes.compute),
-      positions_BS=jnp.zeros((batch, slots), jnp.int32),
-      valid_BS=jnp.zeros((batch, slots), bool),
-      length=jnp.zeros((), jnp.int32),
+    k_LBSKH=jnp.zeros(shape, config.dtypes.compute),
+    v_LBSKH=jnp.zeros(shape, config.dtypes.compute),
+    positions_BS=jnp.zeros((batch, slots), jnp.int32),
+    valid_BS=jnp.zeros((batch, slots), bool),
+    length=jnp.zeros((), jnp.int32),
   )
 
 
@@ -73,12 +73,12 @@ class Attention(nnx.Module):
     self.k = linear(d_model, d_kv, config, rngs, use_bias=bias)
     self.v = linear(d_model, d_kv, config, rngs, use_bias=bias)
     self.o = linear(
-        d_q,
-        d_model,
-        config,
-        rngs,
-        use_bias=config.attn_out_bias,
-        gain=residual_gain(config),
+      d_q,
+      d_model,
+      config,
+      rngs,
+      use_bias=config.attn_out_bias,
+      gain=residual_gain(config),
     )
     if config.qk_norm is not None:
       whole = config.qk_norm == 'width'
@@ -86,12 +86,12 @@ class Attention(nnx.Module):
       self.k_norm = RMSNorm(d_kv if whole else head_dim, config)
 
   def __call__(
-      self,
-      h_BTD: Float[Array, 'B T D'],
-      *,
-      mask_BTS: Bool[Array, 'B T S'] | None,
-      angles_BTR: Float[Array, 'B T R'] | None,
-      slots: KeySlots | None,
+    self,
+    h_BTD: Float[Array, 'B T D'],
+    *,
+    mask_BTS: Bool[Array, 'B T S'] | None,
+    angles_BTR: Float[Array, 'B T R'] | None,
+    slots: KeySlots | None,
   ) -> tuple[Float[Array, 'B T D'], KeySlots | None]:
     """Attends.
 
@@ -120,13 +120,13 @@ class Attention(nnx.Module):
     batch, time = h_BTD.shape[:2]
     q_BTKGH = q_BTNH.reshape(batch, time, cfg.n_kv_heads, -1, cfg.head_dim)
     scores_BKGTS = jnp.einsum(
-        'BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+      'BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
     )
     scores_BKGTS = scores_BKGTS * cfg.head_dim**-0.5
     scores_BKGTS = softcap(scores_BKGTS, cfg.attn_softcap)
     weights_BKGTS = _masked_softmax(scores_BKGTS, mask_BTS)
     out_BTKGH = jnp.einsum(
-        'BKGTS,BSKH->BTKGH', weights_BKGTS.astype(v_BSKH.dtype), v_BSKH
+      'BKGTS,BSKH->BTKGH', weights_BKGTS.astype(v_BSKH.dtype), v_BSKH
     )
     return self.o(out_BTKGH.reshape(batch, time, -1)), slots
 
@@ -145,8 +145,8 @@ def softcap(x: Array, cap: float | None) -> Array:
 
 
 def _masked_softmax(
-    scores_BKGTS: Float[Array, 'B K G T S'],
-    mask_BTS: Bool[Array, 'B T S'] | None,
+  scores_BKGTS: Float[Array, 'B K G T S'],
+  mask_BTS: Bool[Array, 'B T S'] | None,
 ) -> Float[Array, 'B K G T S']:
   if mask_BTS is None:
     return jax.nn.softmax(scores_BKGTS, axis=-1)

@@ -38,18 +38,18 @@ class Block(nnx.Module):
       self.post_mlp_norm = norm(config)
 
   def __call__(
-      self,
-      x_BTD: Float[Array, 'B T D'],
-      *,
-      mask_BTS: Bool[Array, 'B T S'] | None,
-      angles_BTR: Float[Array, 'B T R'] | None,
-      slots: KeySlots | None,
+    self,
+    x_BTD: Float[Array, 'B T D'],
+    *,
+    mask_BTS: Bool[Array, 'B T S'] | None,
+    angles_BTR: Float[Array, 'B T R'] | None,
+    slots: KeySlots | None,
   ) -> tuple[Float[Array, 'B T D'], KeySlots | None]:
     pre = self.config.norm_position == 'pre'
     x_BTD = checkpoint_name(x_BTD, 'resid_pre')
     h_BTD = self.pre_attn_norm(x_BTD) if pre else x_BTD
     h_BTD, slots = self.attn(
-        h_BTD, mask_BTS=mask_BTS, angles_BTR=angles_BTR, slots=slots
+      h_BTD, mask_BTS=mask_BTS, angles_BTR=angles_BTR, slots=slots
     )
     h_BTD = h_BTD if pre else self.post_attn_norm(h_BTD)
     attn_out_BTD = checkpoint_name(h_BTD, 'attn_out')
@@ -73,13 +73,13 @@ def stack(config: BlockConfig, rngs: nnx.Rngs) -> Block:
 
 
 def run(
-    blocks: Block,
-    x_BTD: Float[Array, 'B T D'],
-    *,
-    mask_BTS: Bool[Array, 'B T S'] | None = None,
-    distance_BTS: Int[Array, 'B T S'] | None = None,
-    angles_BTR: Float[Array, 'B T R'] | None = None,
-    cache: KVCache | None = None,
+  blocks: Block,
+  x_BTD: Float[Array, 'B T D'],
+  *,
+  mask_BTS: Bool[Array, 'B T S'] | None = None,
+  distance_BTS: Int[Array, 'B T S'] | None = None,
+  angles_BTR: Float[Array, 'B T R'] | None = None,
+  cache: KVCache | None = None,
 ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
   """Runs stacked blocks in one `jax.lax.scan` over layers.
 
@@ -103,7 +103,7 @@ def run(
   if config.sliding_window is not None:
     endless = jnp.iinfo(jnp.int32).max
     windows_L = jnp.array(
-        [endless if w is None else w for w in config.sliding_window], jnp.int32
+      [endless if w is None else w for w in config.sliding_window], jnp.int32
     )
 
   def body(x_BTD: Array, layer):
@@ -113,7 +113,7 @@ def run(
     if window is not None:
       mask = mask_BTS & (distance_BTS < window)
     x_BTD, slots = nnx.merge(graphdef, state)(
-        x_BTD, mask_BTS=mask, angles_BTR=angles_BTR, slots=slots
+      x_BTD, mask_BTS=mask, angles_BTR=angles_BTR, slots=slots
     )
     return x_BTD, None if slots is None else (slots.k_BSKH, slots.v_BSKH)
 
@@ -121,7 +121,7 @@ def run(
     body = jax.checkpoint(body, prevent_cse=False)
   kv = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
   x_BTD, kv = jax.lax.scan(
-      body, x_BTD, (layers, windows_L, kv), unroll=config.unroll
+    body, x_BTD, (layers, windows_L, kv), unroll=config.unroll
   )
   if cache is None:
     return x_BTD, None

@@ -120,16 +120,16 @@ class BlockConfig:
     if self.head_dim is None:
       if self.d_model % self.n_heads:
         raise ValueError(
-            f'd_model={self.d_model} is not a multiple of n_heads='
-            f'{self.n_heads}; give head_dim.'
+          f'd_model={self.d_model} is not a multiple of n_heads='
+          f'{self.n_heads}; give head_dim.'
         )
       object.__setattr__(self, 'head_dim', self.d_model // self.n_heads)
     require_positive(self, 'n_kv_heads', 'head_dim', 'norm_eps')
     if self.n_heads % self.n_kv_heads:
       raise ValueError(
-          f'n_heads={self.n_heads} is not a multiple of n_kv_heads='
-          f'{self.n_kv_heads}: every key-value head serves equally many query '
-          'heads.'
+        f'n_heads={self.n_heads} is not a multiple of n_kv_heads='
+        f'{self.n_kv_heads}: every key-value head serves equally many query '
+        'heads.'
       )
     require_choice(self, 'activation', typing.get_args(Activation))
     require_choice(self, 'norm', ('rms', 'layer'))
@@ -145,8 +145,8 @@ class BlockConfig:
       windows = (windows,) * self.n_layers
     if len(windows) != self.n_layers:
       raise ValueError(
-          f'sliding_window has {len(windows)} entries for n_layers='
-          f'{self.n_layers}: {windows}.'
+        f'sliding_window has {len(windows)} entries for n_layers='
+        f'{self.n_layers}: {windows}.'
       )
     if any(w is not None and w <= 0 for w in windows):
       raise ValueError(f'sliding_window={windows} must be positive or None.')
@@ -183,8 +183,8 @@ class TransformerConfig(BlockConfig):
       width = self.rope.rotary_dim(self.head_dim)
       if width < 2 or width % 2:
         raise ValueError(
-            f'head_dim={self.head_dim} with rope fraction={self.rope.fraction} '
-            f'rotates {width} features; rotation needs an even number.'
+          f'head_dim={self.head_dim} with rope fraction={self.rope.fraction} '
+          f'rotates {width} features; rotation needs an even number.'
         )
 
 

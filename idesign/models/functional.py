@@ -1,4 +1,4 @@
-"""Pure functions from NNX modules: the only form in which a model leaves this room."""
+"""Pure functions from NNX modules: how a model leaves this room."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module], config: Any) -> Model:
   for path, variable in nnx.to_flat_state(state):
     if not isinstance(variable, nnx.Param):
       raise ValueError(
-          f'{"/".join(map(str, path))} is a {type(variable).__name__}; only '
-          'nnx.Param state can be handed out as a pure function.'
+        f'{"/".join(map(str, path))} is a {type(variable).__name__}; only '
+        'nnx.Param state can be handed out as a pure function.'
       )
 
   def init(key: jax.Array) -> Params:

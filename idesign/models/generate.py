@@ -33,19 +33,19 @@ class Generation(NamedTuple):
 
 
 def generate(
-    apply: Callable[..., Any],
-    params: Params,
-    prompts_BT: Int[Array, 'B T'],
-    mask_BT: Bool[Array, 'B T'],
-    *,
-    key: jax.Array,
-    max_new_tokens: int,
-    cache: KVCache,
-    temperature: jax.typing.ArrayLike = 1.0,
-    top_k: int | None = None,
-    top_p: jax.typing.ArrayLike | None = None,
-    stop_tokens: Sequence[int] = (),
-    pad_token: int = 0,
+  apply: Callable[..., Any],
+  params: Params,
+  prompts_BT: Int[Array, 'B T'],
+  mask_BT: Bool[Array, 'B T'],
+  *,
+  key: jax.Array,
+  max_new_tokens: int,
+  cache: KVCache,
+  temperature: jax.typing.ArrayLike = 1.0,
+  top_k: int | None = None,
+  top_p: jax.typing.ArrayLike | None = None,
+  stop_tokens: Sequence[int] = (),
+  pad_token: int = 0,
 ) -> Generation:
   """Continues every prompt by up to `max_new_tokens` tokens.
 
@@ -87,38 +87,38 @@ def generate(
   """
   _check(prompts_BT, mask_BT, max_new_tokens, cache, temperature, top_k, top_p)
   return _generate(
-      apply,
-      params,
-      jnp.asarray(prompts_BT, jnp.int32),
-      jnp.asarray(mask_BT, bool),
-      key,
-      cache,
-      jnp.asarray(temperature, jnp.float32),
-      None if top_p is None else jnp.asarray(top_p, jnp.float32),
-      jnp.asarray(tuple(stop_tokens), jnp.int32),
-      jnp.asarray(pad_token, jnp.int32),
-      max_new_tokens=max_new_tokens,
-      top_k=top_k,
+    apply,
+    params,
+    jnp.asarray(prompts_BT, jnp.int32),
+    jnp.asarray(mask_BT, bool),
+    key,
+    cache,
+    jnp.asarray(temperature, jnp.float32),
+    None if top_p is None else jnp.asarray(top_p, jnp.float32),
+    jnp.asarray(tuple(stop_tokens), jnp.int32),
+    jnp.asarray(pad_token, jnp.int32),
+    max_new_tokens=max_new_tokens,
+    top_k=top_k,
   )
 
 
 @functools.partial(
-    jax.jit, static_argnames=('apply', 'max_new_tokens', 'top_k')
+  jax.jit, static_argnames=('apply', 'max_new_tokens', 'top_k')
 )
 def _generate(
-    apply,
-    params,
-    prompts_BT,
-    mask_BT,
-    key,
-    cache,
-    temperature,
-    top_p,
-    stop_tokens_K,
-    pad_token,
-    *,
-    max_new_tokens,
-    top_k,
+  apply,
+  params,
+  prompts_BT,
+  mask_BT,
+  key,
+  cache,
+  temperature,
+  top_p,
+  stop_tokens_K,
+  pad_token,
+  *,
+  max_new_tokens,
+  top_k,
 ) -> Generation:
   batch = prompts_BT.shape[0]
   row_keys_B = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(batch))
@@ -142,28 +142,28 @@ def _generate(
     stopped_B = jnp.any(tokens_B[:, None] == stop_tokens_K[None], axis=1)
     out = state['out']
     return {
-        'out': Generation(
-            tokens_BN=out.tokens_BN.at[:, step].set(tokens_B),
-            lengths_B=out.lengths_B + (~done_B).astype(jnp.int32),
-            logprobs_BN=out.logprobs_BN.at[:, step].set(own_B),
-            sampling_logprobs_BN=(
-                out.sampling_logprobs_BN.at[:, step].set(sampled_B)
-            ),
+      'out': Generation(
+        tokens_BN=out.tokens_BN.at[:, step].set(tokens_B),
+        lengths_B=out.lengths_B + (~done_B).astype(jnp.int32),
+        logprobs_BN=out.logprobs_BN.at[:, step].set(own_B),
+        sampling_logprobs_BN=(
+          out.sampling_logprobs_BN.at[:, step].set(sampled_B)
         ),
-        'last': tokens_B,
-        'done': done_B | stopped_B,
+      ),
+      'last': tokens_B,
+      'done': done_B | stopped_B,
     }
 
   shape = (batch, max_new_tokens)
   state = {
-      'out': Generation(
-          tokens_BN=jnp.full(shape, pad_token),
-          lengths_B=jnp.zeros((batch,), jnp.int32),
-          logprobs_BN=jnp.zeros(shape, jnp.float32),
-          sampling_logprobs_BN=jnp.zeros(shape, jnp.float32),
-      ),
-      'last': jnp.zeros((batch,), jnp.int32),
-      'done': jnp.zeros((batch,), bool),
+    'out': Generation(
+      tokens_BN=jnp.full(shape, pad_token),
+      lengths_B=jnp.zeros((batch,), jnp.int32),
+      logprobs_BN=jnp.zeros(shape, jnp.float32),
+      sampling_logprobs_BN=jnp.zeros(shape, jnp.float32),
+    ),
+    'last': jnp.zeros((batch,), jnp.int32),
+    'done': jnp.zeros((batch,), bool),
   }
   logits_BTV, cache = apply(params, prompts_BT, mask_BT=mask_BT, cache=cache)
   slots_T = jnp.arange(prompts_BT.shape[1])[None]
@@ -178,10 +178,10 @@ def _generate(
   def decode(carry):
     step, state, cache = carry
     logits_B1V, cache = apply(
-        params,
-        state['last'][:, None],
-        mask_BT=~state['done'][:, None],
-        cache=cache,
+      params,
+      state['last'][:, None],
+      mask_BT=~state['done'][:, None],
+      cache=cache,
     )
     return step + 1, draw(logits_B1V[:, 0], step, state), cache
 
@@ -190,11 +190,11 @@ def _generate(
 
 
 def filter_logits(
-    logits_BV: Float[Array, 'B V'],
-    temperature: jax.typing.ArrayLike = 1.0,
-    *,
-    top_k: int | None = None,
-    top_p: jax.typing.ArrayLike | None = None,
+  logits_BV: Float[Array, 'B V'],
+  temperature: jax.typing.ArrayLike = 1.0,
+  *,
+  top_k: int | None = None,
+  top_p: jax.typing.ArrayLike | None = None,
 ) -> Float[Array, 'B V']:
   """Logits of the distribution that `generate` samples from.
 
@@ -214,7 +214,7 @@ def filter_logits(
     chosen_BV = jnp.arange(vocab)[None] < (vocab if top_k is None else top_k)
     if top_p is not None:
       probs_BV = jax.nn.softmax(
-          jnp.where(chosen_BV, sorted_BV, -jnp.inf), axis=-1
+        jnp.where(chosen_BV, sorted_BV, -jnp.inf), axis=-1
       )
       before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
       # The most probable token always stays.
@@ -226,12 +226,12 @@ def filter_logits(
 
 
 def _check(
-    prompts_BT, mask_BT, max_new_tokens, cache, temperature, top_k, top_p
+  prompts_BT, mask_BT, max_new_tokens, cache, temperature, top_k, top_p
 ) -> None:
   if prompts_BT.ndim != 2 or prompts_BT.shape != mask_BT.shape:
     raise ValueError(
-        f'prompts are {prompts_BT.shape} and their mask {mask_BT.shape}; both '
-        'must be [batch, time].'
+      f'prompts are {prompts_BT.shape} and their mask {mask_BT.shape}; both '
+      'must be [batch, time].'
     )
   if max_new_tokens < 1:
     raise ValueError(f'max_new_tokens={max_new_tokens} must be at least 1.')
@@ -239,9 +239,9 @@ def _check(
   slots = cache.valid_BS.shape
   if slots[0] != batch or slots[1] < time + max_new_tokens - 1:
     raise ValueError(
-        f'the cache has {slots[1]} slots for {slots[0]} rows; {batch} prompts '
-        f'of {time} and {max_new_tokens} new tokens need at least '
-        f'{time + max_new_tokens - 1} for {batch}.'
+      f'the cache has {slots[1]} slots for {slots[0]} rows; {batch} prompts '
+      f'of {time} and {max_new_tokens} new tokens need at least '
+      f'{time + max_new_tokens - 1} for {batch}.'
     )
   if top_k is not None and top_k < 1:
     raise ValueError(f'top_k={top_k} must be at least 1, or None.')
@@ -252,7 +252,7 @@ def _check(
     raise ValueError(f'top_p={top_p} must be in (0, 1], or None.')
   if known(cache.length) and int(cache.length):
     raise ValueError(
-        f'the cache holds {int(cache.length)} tokens; pass an empty one.'
+      f'the cache holds {int(cache.length)} tokens; pass an empty one.'
     )
   if known(mask_BT) and not mask_BT.any(axis=1).all():
     raise ValueError('a prompt has no real token: its mask is all false.')

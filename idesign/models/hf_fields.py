@@ -15,21 +15,21 @@ class CheckpointError(ValueError):
 
 # Two names of the tanh approximation are read; the first is written.
 _ACTIVATIONS = {
-    'silu': 'silu',
-    'swish': 'silu',
-    'gelu': 'gelu',
-    'gelu_new': 'gelu_tanh',
-    'gelu_pytorch_tanh': 'gelu_tanh',
-    'relu': 'relu',
+  'silu': 'silu',
+  'swish': 'silu',
+  'gelu': 'gelu',
+  'gelu_new': 'gelu_tanh',
+  'gelu_pytorch_tanh': 'gelu_tanh',
+  'relu': 'relu',
 }
 _ROPE_KEYS = {
-    'default': (),
-    'llama3': (
-        'factor',
-        'low_freq_factor',
-        'high_freq_factor',
-        'original_max_position_embeddings',
-    ),
+  'default': (),
+  'llama3': (
+    'factor',
+    'low_freq_factor',
+    'high_freq_factor',
+    'original_max_position_embeddings',
+  ),
 }
 
 
@@ -57,21 +57,21 @@ class Reader:
 
   def unsupported(self, key: str, value: Any) -> CheckpointError:
     return CheckpointError(
-        f'{self.source}: {key}={value!r} changes what the model computes and '
-        'is not supported.'
+      f'{self.source}: {key}={value!r} changes what the model computes and '
+      'is not supported.'
     )
 
   def activation(self, key: str, default: str) -> str:
     name = self.get(key, default)
     if name not in _ACTIVATIONS:
       raise CheckpointError(
-          f'{self.source}: {key}={name!r} is not supported; supported are '
-          f'{sorted(_ACTIVATIONS)}.'
+        f'{self.source}: {key}={name!r} is not supported; supported are '
+        f'{sorted(_ACTIVATIONS)}.'
       )
     return _ACTIVATIONS[name]
 
   def rope(
-      self, theta_key: str, fraction_key: str | None, fraction: float
+    self, theta_key: str, fraction_key: str | None, fraction: float
   ) -> RopeConfig:
     """Rotary settings as transformers 5 writes them, or as 4 did.
 
@@ -88,8 +88,8 @@ class Reader:
           continue
         if found.setdefault(name, value) != value:
           raise CheckpointError(
-              f'{self.source}: rope_parameters and rope_scaling disagree on '
-              f'{name}: {found[name]!r} and {value!r}; keep one of them.'
+            f'{self.source}: rope_parameters and rope_scaling disagree on '
+            f'{name}: {found[name]!r} and {value!r}; keep one of them.'
           )
     kind = found.pop('rope_type', 'default')
     theta = found.pop('rope_theta', None) or self.get(theta_key, 10_000.0)
@@ -100,8 +100,8 @@ class Reader:
       raise self.unsupported('partial_rotary_factor', rotated)
     if kind not in _ROPE_KEYS:
       raise CheckpointError(
-          f'{self.source}: rope_type={kind!r} is not supported; supported are '
-          f'{sorted(_ROPE_KEYS)}.'
+        f'{self.source}: rope_type={kind!r} is not supported; supported are '
+        f'{sorted(_ROPE_KEYS)}.'
       )
     for name, value in found.items():
       if name not in _ROPE_KEYS[kind]:
@@ -109,8 +109,8 @@ class Reader:
     scaling = None
     if kind == 'llama3':
       found.setdefault(
-          'original_max_position_embeddings',
-          self.get('max_position_embeddings', 2048),
+        'original_max_position_embeddings',
+        self.get('max_position_embeddings', 2048),
       )
       missing = [name for name in _ROPE_KEYS[kind] if name not in found]
       if missing:
@@ -123,15 +123,15 @@ class Reader:
     if not self.get('use_sliding_window', False):
       if 'sliding_attention' in (self.raw.get('layer_types') or ()):
         raise CheckpointError(
-            f'{self.source}: layer_types has sliding_attention but '
-            'use_sliding_window is off.'
+          f'{self.source}: layer_types has sliding_attention but '
+          'use_sliding_window is off.'
         )
       return None
     window = self.get('sliding_window', 4096)
     first = self.get('max_window_layers', 28)
     types = self.raw.get('layer_types') or [
-        'sliding_attention' if i >= first else 'full_attention'
-        for i in range(n_layers)
+      'sliding_attention' if i >= first else 'full_attention'
+      for i in range(n_layers)
     ]
     unknown = set(types) - {'sliding_attention', 'full_attention'}
     if unknown:
@@ -151,9 +151,9 @@ def write_rope(rope: RopeConfig | None, **also: str) -> dict[str, Any]:
   if rope.fraction != 1 or 'fraction' in also:
     parameters['partial_rotary_factor'] = rope.fraction
   result = {
-      'rope_parameters': parameters,
-      'rope_scaling': None if rope.scaling is None else kind,
-      also.get('theta', 'rope_theta'): rope.theta,
+    'rope_parameters': parameters,
+    'rope_scaling': None if rope.scaling is None else kind,
+    also.get('theta', 'rope_theta'): rope.theta,
   }
   if 'fraction' in also:
     result[also['fraction']] = rope.fraction
@@ -168,11 +168,10 @@ def write_windows(config: TransformerConfig) -> dict[str, Any]:
   windows = config.sliding_window or (None,) * config.n_layers
   sizes = [w for w in windows if w is not None]
   return dict(
-      use_sliding_window=bool(sizes),
-      sliding_window=max(sizes, default=None),
-      max_window_layers=windows.index(sizes[0]) if sizes else config.n_layers,
-      layer_types=[
-          'full_attention' if w is None else 'sliding_attention'
-          for w in windows
-      ],
+    use_sliding_window=bool(sizes),
+    sliding_window=max(sizes, default=None),
+    max_window_layers=windows.index(sizes[0]) if sizes else config.n_layers,
+    layer_types=[
+      'full_attention' if w is None else 'sliding_attention' for w in windows
+    ],
   )

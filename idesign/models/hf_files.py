@@ -46,33 +46,33 @@ def list_tensors(folder: pathlib.Path) -> list[TensorInfo]:
   index = folder / _INDEX
   if not index.is_file():
     raise CheckpointError(
-        f'{folder} has neither {_SINGLE} nor {_INDEX}; only safetensors '
-        'checkpoints are read (a pickled pytorch_model.bin is not).'
+      f'{folder} has neither {_SINGLE} nor {_INDEX}; only safetensors '
+      'checkpoints are read (a pickled pytorch_model.bin is not).'
     )
   try:
     weight_map = json.loads(index.read_text(encoding='utf-8'))['weight_map']
     shards = sorted(set(weight_map.values()))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise CheckpointError(
-        f'{index} is not an index with a weight_map: {error!r}.'
+      f'{index} is not an index with a weight_map: {error!r}.'
     ) from error
   found: dict[str, TensorInfo] = {}
   for shard in shards:
     if not (folder / shard).is_file():
       raise CheckpointError(
-          f'{folder / shard} does not exist, though {index} names it; download '
-          'it.'
+        f'{folder / shard} does not exist, though {index} names it; download '
+        'it.'
       )
     for info in _header(folder / shard):
       if info.name in found:
         raise CheckpointError(
-            f'{info.name} is both in {found[info.name].path} and {info.path}.'
+          f'{info.name} is both in {found[info.name].path} and {info.path}.'
         )
       found[info.name] = info
   for name, shard in weight_map.items():
     if name not in found or found[name].path.name != shard:
       raise CheckpointError(
-          f'{folder / shard} has no {name}, though {index} says so.'
+        f'{folder / shard} has no {name}, though {index} says so.'
       )
   return list(found.values())
 
@@ -82,13 +82,13 @@ def _header(path: pathlib.Path) -> list[TensorInfo]:
     with safe_open(path, framework='numpy') as file:
       slices = {name: file.get_slice(name) for name in file.keys()}
       return [
-          TensorInfo(name, path, tuple(s.get_shape()), s.get_dtype())
-          for name, s in slices.items()
+        TensorInfo(name, path, tuple(s.get_shape()), s.get_dtype())
+        for name, s in slices.items()
       ]
   except SafetensorError as error:
     raise CheckpointError(
-        f'{path} is truncated or not a safetensors file ({error}); download '
-        'it again.'
+      f'{path} is truncated or not a safetensors file ({error}); download '
+      'it again.'
     ) from error
 
 
@@ -96,8 +96,8 @@ def check_float(info: TensorInfo) -> None:
   """Raises CheckpointError for a tensor that is not of floating point."""
   if info.dtype not in _FLOATS:
     raise CheckpointError(
-        f'{info.name} in {info.path} is {info.dtype}; only {_FLOATS} are read '
-        '(quantised checkpoints are not supported).'
+      f'{info.name} in {info.path} is {info.dtype}; only {_FLOATS} are read '
+      '(quantised checkpoints are not supported).'
     )
 
 
@@ -127,8 +127,8 @@ def check_finite(tensor: np.ndarray, name: str, path: pathlib.Path) -> None:
   bad = tensor.size - int(np.count_nonzero(np.isfinite(tensor)))
   if bad:
     raise CheckpointError(
-        f'{name} in {path} has {bad} of {tensor.size} values that are NaN or '
-        f'infinite as {tensor.dtype}.'
+      f'{name} in {path} has {bad} of {tensor.size} values that are NaN or '
+      f'infinite as {tensor.dtype}.'
     )
 
 
@@ -143,12 +143,12 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise CheckpointError(
-        f'{folder} exists and is not an empty folder; choose another or remove '
-        'it.'
+      f'{folder} exists and is not an empty folder; choose another or remove '
+      'it.'
     )
   folder.parent.mkdir(parents=True, exist_ok=True)
   temporary = pathlib.Path(
-      tempfile.mkdtemp(prefix=f'.{folder.name}.tmp-', dir=folder.parent)
+    tempfile.mkdtemp(prefix=f'.{folder.name}.tmp-', dir=folder.parent)
   )
   try:
     yield temporary
@@ -162,7 +162,7 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def plan_shards(
-    sizes: Mapping[str, int], max_shard_bytes: int
+  sizes: Mapping[str, int], max_shard_bytes: int
 ) -> list[list[str]]:
   """Cuts tensors, in order, into groups of at most so many bytes.
 
@@ -184,9 +184,7 @@ def shard_names(groups: Sequence[Sequence[str]]) -> list[str]:
   if len(groups) == 1:
     return [_SINGLE]
   count = len(groups)
-  return [
-      f'model-{i + 1:05d}-of-{count:05d}.safetensors' for i in range(count)
-  ]
+  return [f'model-{i + 1:05d}-of-{count:05d}.safetensors' for i in range(count)]
 
 
 def write_shard(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -197,20 +195,20 @@ def write_shard(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def write_index(
-    folder: pathlib.Path,
-    groups: Sequence[Sequence[str]],
-    sizes: Mapping[str, int],
+  folder: pathlib.Path,
+  groups: Sequence[Sequence[str]],
+  sizes: Mapping[str, int],
 ) -> None:
   """Writes the index of several shards; nothing for a single one."""
   if len(groups) == 1:
     return
   weight_map = {
-      name: file
-      for group, file in zip(groups, shard_names(groups))
-      for name in group
+    name: file
+    for group, file in zip(groups, shard_names(groups))
+    for name in group
   }
   index = {
-      'metadata': {'total_size': sum(sizes.values())},
-      'weight_map': weight_map,
+    'metadata': {'total_size': sum(sizes.values())},
+    'weight_map': weight_map,
   }
   (folder / _INDEX).write_text(json.dumps(index, indent=2), encoding='utf-8')

@@ -47,8 +47,8 @@ SAME = Layout(lambda t, c: [t], lambda p, c: p[0])
 TRANSPOSED = Layout(lambda t, c: [t.T], lambda p, c: p[0].T)
 # q, k, v side by side in the output features, [d_in, 3 d_out] (GPT-2).
 FUSED_COLUMNS = Layout(
-    lambda t, c: np.split(t, 3, axis=-1),
-    lambda p, c: np.concatenate(p, axis=-1),
+  lambda t, c: np.split(t, 3, axis=-1),
+  lambda p, c: np.concatenate(p, axis=-1),
 )
 # q, k, v side by side within each head, [3 d_out, d_in] (GPT-NeoX).
 FUSED_HEADS = Layout(_split_heads, _join_heads)
@@ -116,15 +116,15 @@ class Table:
 def _pair(name: str, path: str, layout: Layout = TRANSPOSED) -> list[Row]:
   """A projection's weight and bias."""
   return [
-      Row(f'{name}.weight', (f'{path}/kernel',), layout),
-      Row(f'{name}.bias', (f'{path}/bias',)),
+    Row(f'{name}.weight', (f'{path}/kernel',), layout),
+    Row(f'{name}.bias', (f'{path}/bias',)),
   ]
 
 
 def _layer_norm(name: str, path: str) -> list[Row]:
   return [
-      Row(f'{name}.weight', (f'{path}/scale',)),
-      Row(f'{name}.bias', (f'{path}/bias',)),
+    Row(f'{name}.weight', (f'{path}/scale',)),
+    Row(f'{name}.bias', (f'{path}/bias',)),
   ]
 
 
@@ -138,20 +138,20 @@ def _llama_like(attn_norm: str, mlp_norm: str) -> Table:
   for part in ('gate', 'up', 'down'):
     rows += _pair(f'layers.{{}}.mlp.{part}_proj', f'blocks/mlp/{part}')
   rows += [
-      Row(f'layers.{{}}.{name}.weight', (f'blocks/{path}/scale',))
-      for name, path in (
-          (attn_norm, 'pre_attn_norm'),
-          (mlp_norm, 'pre_mlp_norm'),
-      )
+    Row(f'layers.{{}}.{name}.weight', (f'blocks/{path}/scale',))
+    for name, path in (
+      (attn_norm, 'pre_attn_norm'),
+      (mlp_norm, 'pre_mlp_norm'),
+    )
   ]
   rows += [
-      Row('norm.weight', ('final_norm/scale',)),
-      Row('lm_head.weight', ('lm_head/kernel',), TRANSPOSED),
+    Row('norm.weight', ('final_norm/scale',)),
+    Row('lm_head.weight', ('lm_head/kernel',), TRANSPOSED),
   ]
   return Table(
-      'model.',
-      tuple(rows),
-      buffers=(r'(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq',),
+    'model.',
+    tuple(rows),
+    buffers=(r'(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq',),
   )
 
 
@@ -160,7 +160,7 @@ def _olmo2() -> Table:
   table = _llama_like('post_attention_layernorm', 'post_feedforward_layernorm')
   after = lambda path: path.replace('blocks/pre_', 'blocks/post_')
   rows = tuple(
-      row._replace(paths=tuple(map(after, row.paths))) for row in table.rows
+    row._replace(paths=tuple(map(after, row.paths))) for row in table.rows
   )
   return dataclasses.replace(table, rows=rows)
 
@@ -168,12 +168,12 @@ def _olmo2() -> Table:
 def _gpt2() -> Table:
   qkv = [f'blocks/attn/{part}' for part in 'qkv']
   rows = [
-      Row('wte.weight', ('embed/embedding',)),
-      Row('wpe.weight', ('positions/embedding',)),
-      *_layer_norm('h.{}.ln_1', 'blocks/pre_attn_norm'),
-      *_layer_norm('h.{}.ln_2', 'blocks/pre_mlp_norm'),
-      *_layer_norm('ln_f', 'final_norm'),
-      Row('lm_head.weight', ('lm_head/kernel',), TRANSPOSED),
+    Row('wte.weight', ('embed/embedding',)),
+    Row('wpe.weight', ('positions/embedding',)),
+    *_layer_norm('h.{}.ln_1', 'blocks/pre_attn_norm'),
+    *_layer_norm('h.{}.ln_2', 'blocks/pre_mlp_norm'),
+    *_layer_norm('ln_f', 'final_norm'),
+    Row('lm_head.weight', ('lm_head/kernel',), TRANSPOSED),
   ]
   for kind, ours in (('weight', 'kernel'), ('bias', 'bias')):
     paths = tuple(f'{path}/{ours}' for path in qkv)
@@ -183,20 +183,20 @@ def _gpt2() -> Table:
   rows += _pair('h.{}.mlp.c_fc', 'blocks/mlp/up', SAME)
   rows += _pair('h.{}.mlp.c_proj', 'blocks/mlp/down', SAME)
   return Table(
-      'transformer.',
-      tuple(rows),
-      buffers=(r'h\.\d+\.attn\.(bias|masked_bias)',),
+    'transformer.',
+    tuple(rows),
+    buffers=(r'h\.\d+\.attn\.(bias|masked_bias)',),
   )
 
 
 def _gpt_neox() -> Table:
   qkv = [f'blocks/attn/{part}' for part in 'qkv']
   rows = [
-      Row('embed_in.weight', ('embed/embedding',)),
-      *_layer_norm('layers.{}.input_layernorm', 'blocks/pre_attn_norm'),
-      *_layer_norm('layers.{}.post_attention_layernorm', 'blocks/pre_mlp_norm'),
-      *_layer_norm('final_layer_norm', 'final_norm'),
-      Row('embed_out.weight', ('lm_head/kernel',), TRANSPOSED),
+    Row('embed_in.weight', ('embed/embedding',)),
+    *_layer_norm('layers.{}.input_layernorm', 'blocks/pre_attn_norm'),
+    *_layer_norm('layers.{}.post_attention_layernorm', 'blocks/pre_mlp_norm'),
+    *_layer_norm('final_layer_norm', 'final_norm'),
+    Row('embed_out.weight', ('lm_head/kernel',), TRANSPOSED),
   ]
   for kind, ours in (('weight', 'kernel'), ('bias', 'bias')):
     paths = tuple(f'{path}/{ours}' for path in qkv)
@@ -206,23 +206,23 @@ def _gpt_neox() -> Table:
   rows += _pair('layers.{}.mlp.dense_h_to_4h', 'blocks/mlp/up')
   rows += _pair('layers.{}.mlp.dense_4h_to_h', 'blocks/mlp/down')
   return Table(
-      'gpt_neox.',
-      tuple(rows),
-      head='embed_out.weight',
-      head_aliases=('lm_head.weight',),
-      buffers=(
-          r'layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)',
-          r'rotary_emb\.inv_freq',
-      ),
+    'gpt_neox.',
+    tuple(rows),
+    head='embed_out.weight',
+    head_aliases=('lm_head.weight',),
+    buffers=(
+      r'layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)',
+      r'rotary_emb\.inv_freq',
+    ),
   )
 
 
 _PRE_NORM = _llama_like('input_layernorm', 'post_attention_layernorm')
 TABLES = {
-    'llama': _PRE_NORM,
-    'olmo2': _olmo2(),
-    'qwen2': _PRE_NORM,
-    'qwen3': _PRE_NORM,
-    'gpt2': _gpt2(),
-    'gpt_neox': _gpt_neox(),
+  'llama': _PRE_NORM,
+  'olmo2': _olmo2(),
+  'qwen2': _PRE_NORM,
+  'qwen3': _PRE_NORM,
+  'gpt2': _gpt2(),
+  'gpt_neox': _gpt_neox(),
 }

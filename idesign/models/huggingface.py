@@ -16,16 +16,16 @@ from idesign.models.functional import DTypePolicy, Model, Params
 from idesign.models.hf_config import read_config, write_config
 from idesign.models.hf_fields import CheckpointError
 from idesign.models.hf_files import (
-    TensorInfo,
-    TensorReader,
-    check_finite,
-    check_float,
-    list_tensors,
-    new_folder,
-    plan_shards,
-    shard_names,
-    write_index,
-    write_shard,
+  TensorInfo,
+  TensorReader,
+  check_finite,
+  check_float,
+  list_tensors,
+  new_folder,
+  plan_shards,
+  shard_names,
+  write_index,
+  write_shard,
 )
 from idesign.models.hf_names import TABLES, Row, Table
 from idesign.models.transformer import transformer
@@ -34,10 +34,10 @@ Shardings = Callable[[str], jax.sharding.Sharding | None] | Mapping[str, Any]
 
 
 def load_pretrained(
-    folder: str | os.PathLike[str],
-    *,
-    dtypes: DTypePolicy = DTypePolicy(),
-    shardings: Shardings | None = None,
+  folder: str | os.PathLike[str],
+  *,
+  dtypes: DTypePolicy = DTypePolicy(),
+  shardings: Shardings | None = None,
 ) -> tuple[Model, Params]:
   """Reads `config.json` and safetensors files into a decoder.
 
@@ -85,11 +85,11 @@ def load_pretrained(
 
 
 def save_pretrained(
-    folder: str | os.PathLike[str],
-    model: Model,
-    params: Params,
-    *,
-    max_shard_bytes: int = 5_000_000_000,
+  folder: str | os.PathLike[str],
+  model: Model,
+  params: Params,
+  *,
+  max_shard_bytes: int = 5_000_000_000,
 ) -> None:
   """Writes a folder that `load_pretrained` and transformers read.
 
@@ -111,7 +111,7 @@ def save_pretrained(
   folder = pathlib.Path(folder)
   if not isinstance(model.config, TransformerConfig):
     raise CheckpointError(
-        f'only decoders can be exported, not {type(model.config).__name__}.'
+      f'only decoders can be exported, not {type(model.config).__name__}.'
     )
   if max_shard_bytes <= 0:
     raise ValueError(f'max_shard_bytes={max_shard_bytes} must be positive.')
@@ -144,11 +144,11 @@ def save_pretrained(
 
 
 def _sources(
-    rows: list[Row], table: Table, config: TransformerConfig
+  rows: list[Row], table: Table, config: TransformerConfig
 ) -> dict[str, tuple[Row, int | None]]:
   """Checkpoint name of every tensor, to its row and layer; by layer."""
   sources = {
-      table.written(row.name): (row, None) for row in rows if not row.stacked
+    table.written(row.name): (row, None) for row in rows if not row.stacked
   }
   for layer in range(config.n_layers):
     for row in rows:
@@ -158,11 +158,11 @@ def _sources(
 
 
 def _match(
-    folder: pathlib.Path,
-    table: Table,
-    rows: list[Row],
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
-    config: TransformerConfig,
+  folder: pathlib.Path,
+  table: Table,
+  rows: list[Row],
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  config: TransformerConfig,
 ) -> dict[str, TensorInfo]:
   """Holds the headers against the table; every tensor by canonical name."""
   infos: dict[str, TensorInfo] = {}
@@ -172,8 +172,8 @@ def _match(
       continue
     if name in infos:
       raise CheckpointError(
-          f'{info.path} holds {name} twice, as {infos[name].name} and '
-          f'{info.name}.'
+        f'{info.path} holds {name} twice, as {infos[name].name} and '
+        f'{info.name}.'
       )
     infos[name] = info
   expected = {}
@@ -184,8 +184,8 @@ def _match(
   missing = sorted(set(expected) - set(infos))
   if missing:
     raise CheckpointError(
-        f'{folder} lacks {len(missing)} of {len(expected)} tensors that '
-        f'config.json asks for: {_some(missing)}.'
+      f'{folder} lacks {len(missing)} of {len(expected)} tensors that '
+      f'config.json asks for: {_some(missing)}.'
     )
   # A tied head may be there too; it is compared with the embedding when read.
   if config.tie_embeddings and table.head in infos:
@@ -193,16 +193,16 @@ def _match(
   extra = sorted(set(infos) - set(expected))
   if extra:
     raise CheckpointError(
-        f'{infos[extra[0]].path} has tensors that config.json does not account '
-        f'for: {_some([infos[name].name for name in extra])}.'
+      f'{infos[extra[0]].path} has tensors that config.json does not account '
+      f'for: {_some([infos[name].name for name in extra])}.'
     )
   for name, shape in expected.items():
     info = infos[name]
     check_float(info)
     if info.shape != shape:
       raise CheckpointError(
-          f'{info.name} in {info.path} has shape {info.shape}; config.json '
-          f'asks for {shape}.'
+        f'{info.name} in {info.path} has shape {info.shape}; config.json '
+        f'asks for {shape}.'
       )
   return infos
 
@@ -213,9 +213,9 @@ def _some(names: list[str]) -> str:
 
 
 def _checkpoint_shape(
-    row: Row,
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
-    config: TransformerConfig,
+  row: Row,
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  config: TransformerConfig,
 ) -> tuple[int, ...]:
   parts = [shapes[path].shape[1 if row.stacked else 0 :] for path in row.paths]
   # One byte per value, and only where tensors are fused is it touched.
@@ -223,11 +223,11 @@ def _checkpoint_shape(
 
 
 def _read_row(
-    reader: TensorReader,
-    row: Row,
-    infos: Mapping[str, TensorInfo],
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
-    config: TransformerConfig,
+  reader: TensorReader,
+  row: Row,
+  infos: Mapping[str, TensorInfo],
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  config: TransformerConfig,
 ) -> list[tuple[str, np.ndarray]]:
   """The parameters of a row, all layers of each stacked."""
   buffers = [np.empty(shapes[p].shape, shapes[p].dtype) for p in row.paths]
@@ -244,22 +244,22 @@ def _read_row(
 
 
 def _check_tied(
-    reader: TensorReader,
-    rows: list[Row],
-    infos: Mapping[str, TensorInfo],
-    table: Table,
+  reader: TensorReader,
+  rows: list[Row],
+  infos: Mapping[str, TensorInfo],
+  table: Table,
 ) -> None:
   name = next(row.name for row in rows if 'embed/embedding' in row.paths)
   head, embedding = infos[table.head], infos[name]
   if not np.array_equal(reader.read(head), reader.read(embedding)):
     raise CheckpointError(
-        f'{head.name} in {head.path} differs from {embedding.name}, but '
-        'config.json says tie_word_embeddings; set it to false to use both.'
+      f'{head.name} in {head.path} differs from {embedding.name}, but '
+      'config.json says tie_word_embeddings; set it to false to use both.'
     )
 
 
 def _place(
-    array: np.ndarray, sharding: jax.sharding.Sharding | None
+  array: np.ndarray, sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
   if sharding is None:
     return jax.device_put(array)
@@ -267,7 +267,7 @@ def _place(
 
 
 def _resolve_shardings(
-    shardings: Shardings | None, shapes: Mapping[str, jax.ShapeDtypeStruct]
+  shardings: Shardings | None, shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.sharding.Sharding | None]:
   """One sharding per path, each checked against the shape."""
   if shardings is None:
@@ -291,7 +291,7 @@ def _resolve_shardings(
 
 
 def _check_params(
-    flat: Mapping[str, Any], shapes: Mapping[str, jax.ShapeDtypeStruct]
+  flat: Mapping[str, Any], shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> None:
   odd = sorted(set(flat) ^ set(shapes))
   if odd:
@@ -299,7 +299,7 @@ def _check_params(
   for path, leaf in flat.items():
     if leaf.shape != shapes[path].shape:
       raise ValueError(
-          f'{path} has shape {leaf.shape}; the model has {shapes[path].shape}.'
+        f'{path} has shape {leaf.shape}; the model has {shapes[path].shape}.'
       )
 
 

@@ -11,17 +11,17 @@ import numpy as np
 from idesign.models.config import BlockConfig, RopeConfig
 
 _ACTIVATIONS = {
-    'silu': jax.nn.silu,
-    'gelu': lambda h: jax.nn.gelu(h, approximate=False),
-    'gelu_tanh': lambda h: jax.nn.gelu(h, approximate=True),
-    'relu': jax.nn.relu,
+  'silu': jax.nn.silu,
+  'gelu': lambda h: jax.nn.gelu(h, approximate=False),
+  'gelu_tanh': lambda h: jax.nn.gelu(h, approximate=True),
+  'relu': jax.nn.relu,
 }
 
 
 def _per_feature(weight_D: Array, like: Array) -> Array:
   """A float32 weight of the last axis, with the rank of `like`."""
   return jnp.expand_dims(
-      weight_D.astype(jnp.float32), tuple(range(like.ndim - 1))
+    weight_D.astype(jnp.float32), tuple(range(like.ndim - 1))
   )
 
 
@@ -65,30 +65,28 @@ class LayerNorm(nnx.Module):
 def norm(config: BlockConfig) -> RMSNorm | LayerNorm:
   """The norm over the residual stream that the config names."""
   return {'rms': RMSNorm, 'layer': LayerNorm}[config.norm](
-      config.d_model, config
+    config.d_model, config
   )
 
 
 def linear(
-    d_in: int,
-    d_out: int,
-    config: BlockConfig,
-    rngs: nnx.Rngs,
-    *,
-    use_bias: bool,
-    gain: float = 1.0,
+  d_in: int,
+  d_out: int,
+  config: BlockConfig,
+  rngs: nnx.Rngs,
+  *,
+  use_bias: bool,
+  gain: float = 1.0,
 ) -> nnx.Linear:
   """A projection with kernel `[d_in, d_out]` of variance `gain^2 / d_in`."""
   return nnx.Linear(
-      d_in,
-      d_out,
-      use_bias=use_bias,
-      kernel_init=nnx.initializers.variance_scaling(
-          gain**2, 'fan_in', 'normal'
-      ),
-      dtype=config.dtypes.compute,
-      param_dtype=config.dtypes.param,
-      rngs=rngs,
+    d_in,
+    d_out,
+    use_bias=use_bias,
+    kernel_init=nnx.initializers.variance_scaling(gain**2, 'fan_in', 'normal'),
+    dtype=config.dtypes.compute,
+    param_dtype=config.dtypes.param,
+    rngs=rngs,
   )
 
 
@@ -108,16 +106,16 @@ class MLP(nnx.Module):
     bias = config.mlp_bias
     if config.gated:
       self.gate = linear(
-          config.d_model, config.d_ff, config, rngs, use_bias=bias
+        config.d_model, config.d_ff, config, rngs, use_bias=bias
       )
     self.up = linear(config.d_model, config.d_ff, config, rngs, use_bias=bias)
     self.down = linear(
-        config.d_ff,
-        config.d_model,
-        config,
-        rngs,
-        use_bias=bias,
-        gain=residual_gain(config),
+      config.d_ff,
+      config.d_model,
+      config,
+      rngs,
+      use_bias=bias,
+      gain=residual_gain(config),
     )
 
   def __call__(self, h_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
@@ -146,16 +144,16 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
   turns = scaling.original_max_len / wavelengths
   # 0 at the slow end, 1 at the fast end.
   keep = (turns - scaling.low_freq_factor) / (
-      scaling.high_freq_factor - scaling.low_freq_factor
+    scaling.high_freq_factor - scaling.low_freq_factor
   )
   keep = np.clip(keep, 0, 1).astype(np.float32)
   return (1 - keep) * frequencies / np.float32(scaling.factor) + (
-      keep * frequencies
+    keep * frequencies
   )
 
 
 def rope_angles(
-    rope: RopeConfig, head_dim: int, positions_BT: Int[Array, 'B T']
+  rope: RopeConfig, head_dim: int, positions_BT: Int[Array, 'B T']
 ) -> Float[Array, 'B T R']:
   """Rotation angles in float32, one per position and pair of features."""
   frequencies_R = rope_frequencies(rope, head_dim)
@@ -163,7 +161,7 @@ def rope_angles(
 
 
 def rotate(
-    x_BTNH: Float[Array, 'B T N H'], angles_BTR: Float[Array, 'B T R']
+  x_BTNH: Float[Array, 'B T N H'], angles_BTR: Float[Array, 'B T R']
 ) -> Float[Array, 'B T N H']:
   """Rotates features `(i, i + R)` of each head by angle `i`, in float32.
 

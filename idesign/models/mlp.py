@@ -13,7 +13,7 @@ from idesign.models.functional import DTypePolicy, Model, functional
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
-  """Sizes of an MLP: `d_in -> hidden[0] -> ... -> num_classes`, ReLU between."""
+  """Sizes: `d_in -> hidden[0] -> ... -> num_classes`, ReLU between."""
 
   d_in: int
   hidden: tuple[int, ...]
@@ -22,18 +22,17 @@ class MLPConfig:
 
 
 class _MLP(nnx.Module):
-
   def __init__(self, config: MLPConfig, rngs: nnx.Rngs):
     self.config = config
     widths = (config.d_in, *config.hidden, config.num_classes)
     for i, (d_in, d_out) in enumerate(zip(widths[:-1], widths[1:])):
       layer = nnx.Linear(
-          d_in,
-          d_out,
-          kernel_init=nnx.initializers.he_normal(),
-          dtype=config.dtypes.compute,
-          param_dtype=config.dtypes.param,
-          rngs=rngs,
+        d_in,
+        d_out,
+        kernel_init=nnx.initializers.he_normal(),
+        dtype=config.dtypes.compute,
+        param_dtype=config.dtypes.param,
+        rngs=rngs,
       )
       setattr(self, f'layer_{i}', layer)
 

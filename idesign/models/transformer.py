@@ -59,7 +59,6 @@ def transformer(config: TransformerConfig) -> Model:
 
 
 class _Transformer(nnx.Module):
-
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     self.config = config
     self.embed = _embed(config.vocab_size, config, rngs)
@@ -69,23 +68,23 @@ class _Transformer(nnx.Module):
     self.final_norm = norm(config)
     if not config.tie_embeddings:
       self.lm_head = nnx.Linear(
-          config.d_model,
-          config.vocab_size,
-          use_bias=False,
-          kernel_init=nnx.initializers.variance_scaling(1, 'fan_in', 'normal'),
-          dtype=config.dtypes.compute,
-          param_dtype=config.dtypes.param,
-          preferred_element_type=config.dtypes.output,
-          rngs=rngs,
+        config.d_model,
+        config.vocab_size,
+        use_bias=False,
+        kernel_init=nnx.initializers.variance_scaling(1, 'fan_in', 'normal'),
+        dtype=config.dtypes.compute,
+        param_dtype=config.dtypes.param,
+        preferred_element_type=config.dtypes.output,
+        rngs=rngs,
       )
 
   def __call__(
-      self,
-      tokens_BT: Int[Array, 'B T'],
-      *,
-      mask_BT: Bool[Array, 'B T'] | None = None,
-      positions_BT: Int[Array, 'B T'] | None = None,
-      cache: KVCache | None = None,
+    self,
+    tokens_BT: Int[Array, 'B T'],
+    *,
+    mask_BT: Bool[Array, 'B T'] | None = None,
+    positions_BT: Int[Array, 'B T'] | None = None,
+    cache: KVCache | None = None,
   ):
     config = self.config
     _check_shapes(tokens_BT, mask_BT, positions_BT, cache, config)
@@ -94,7 +93,7 @@ class _Transformer(nnx.Module):
     mask_BT = mask_BT.astype(bool)
     if positions_BT is None:
       positions_BT = jnp.maximum(
-          jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32) - 1, 0
+        jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32) - 1, 0
       )
       if cache is not None:
         seen_B = jnp.sum(cache.valid_BS, axis=1, dtype=jnp.int32)
@@ -104,10 +103,10 @@ class _Transformer(nnx.Module):
     else:
       start = cache.length
       valid_BS = jax.lax.dynamic_update_slice(
-          cache.valid_BS, mask_BT, (0, start)
+        cache.valid_BS, mask_BT, (0, start)
       )
       key_positions_BS = jax.lax.dynamic_update_slice(
-          cache.positions_BS, positions_BT.astype(jnp.int32), (0, start)
+        cache.positions_BS, positions_BT.astype(jnp.int32), (0, start)
       )
     queries_T = start + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
     keys_S = jnp.arange(valid_BS.shape[1], dtype=jnp.int32)
@@ -122,12 +121,12 @@ class _Transformer(nnx.Module):
     else:
       angles_BTR = rope_angles(config.rope, config.head_dim, positions_BT)
     x_BTD, cache = blocks_lib.run(
-        self.blocks,
-        x_BTD,
-        mask_BTS=mask_BTS,
-        distance_BTS=distance_BTS,
-        angles_BTR=angles_BTR,
-        cache=cache,
+      self.blocks,
+      x_BTD,
+      mask_BTS=mask_BTS,
+      distance_BTS=distance_BTS,
+      angles_BTR=angles_BTR,
+      cache=cache,
     )
     logits_BTV = self._head(self.final_norm(x_BTD))
     logits_BTV = softcap(logits_BTV, config.logit_softcap)
@@ -137,9 +136,9 @@ class _Transformer(nnx.Module):
     # Past the last slot the writes above were shifted over older tokens.
     logits_BTV = jnp.where(length > valid_BS.shape[1], jnp.nan, logits_BTV)
     cache = cache._replace(
-        positions_BS=key_positions_BS,
-        valid_BS=valid_BS,
-        length=jnp.asarray(length, jnp.int32),
+      positions_BS=key_positions_BS,
+      valid_BS=valid_BS,
+      length=jnp.asarray(length, jnp.int32),
     )
     return logits_BTV, cache
 
@@ -148,21 +147,21 @@ class _Transformer(nnx.Module):
       return self.lm_head(h_BTD)
     kernel_DV = self.embed.embedding[...].astype(h_BTD.dtype).T
     return jax.lax.dot_general(
-        h_BTD,
-        kernel_DV,
-        (((2,), (0,)), ((), ())),
-        preferred_element_type=self.config.dtypes.output,
+      h_BTD,
+      kernel_DV,
+      (((2,), (0,)), ((), ())),
+      preferred_element_type=self.config.dtypes.output,
     )
 
 
 def _embed(rows: int, config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Embed:
   return nnx.Embed(
-      rows,
-      config.d_model,
-      embedding_init=nnx.initializers.normal(config.d_model**-0.5),
-      dtype=config.dtypes.compute,
-      param_dtype=config.dtypes.param,
-      rngs=rngs,
+    rows,
+    config.d_model,
+    embedding_init=nnx.initializers.normal(config.d_model**-0.5),
+    dtype=config.dtypes.compute,
+    param_dtype=config.dtypes.param,
+    rngs=rngs,
   )
 
 
@@ -173,24 +172,24 @@ def _check_shapes(tokens_BT, mask_BT, positions_BT, cache, config) -> None:
   for name, array in (('mask_BT', mask_BT), ('positions_BT', positions_BT)):
     if array is not None and array.shape != tokens_BT.shape:
       raise ValueError(
-          f'{name} is {array.shape}, tokens are {tokens_BT.shape}.'
+        f'{name} is {array.shape}, tokens are {tokens_BT.shape}.'
       )
   batch, time = tokens_BT.shape
   if config.rope is None and time > config.max_len:
     raise ValueError(
-        f'{time} tokens, but there are learned positions for max_len='
-        f'{config.max_len}.'
+      f'{time} tokens, but there are learned positions for max_len='
+      f'{config.max_len}.'
     )
   if cache is None:
     return
   if cache.valid_BS.shape[0] != batch:
     raise ValueError(
-        f'the cache holds {cache.valid_BS.shape[0]} sequences, tokens {batch}.'
+      f'the cache holds {cache.valid_BS.shape[0]} sequences, tokens {batch}.'
     )
   slots = cache.valid_BS.shape[1]
   known = not isinstance(cache.length, jax.core.Tracer)
   if (int(cache.length) if known else 0) + time > slots:
     raise ValueError(
-        f'{time} more tokens do not fit into a cache of {slots} slots'
-        + (f' of which {int(cache.length)} are taken.' if known else '.')
+      f'{time} more tokens do not fit into a cache of {slots} slots'
+      + (f' of which {int(cache.length)} are taken.' if known else '.')
     )

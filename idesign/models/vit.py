@@ -40,17 +40,17 @@ class ViTConfig(BlockConfig):
   def __post_init__(self):
     super().__post_init__()
     require_positive(
-        self, 'image_size', 'patch_size', 'channels', 'num_classes'
+      self, 'image_size', 'patch_size', 'channels', 'num_classes'
     )
     if self.image_size % self.patch_size:
       raise ValueError(
-          f'image_size={self.image_size} is not a multiple of patch_size='
-          f'{self.patch_size}.'
+        f'image_size={self.image_size} is not a multiple of patch_size='
+        f'{self.patch_size}.'
       )
     if self.sliding_window is not None:
       raise ValueError(
-          f'sliding_window={self.sliding_window}: patches have no order; leave '
-          'it None.'
+        f'sliding_window={self.sliding_window}: patches have no order; leave '
+        'it None.'
       )
 
   @property
@@ -80,16 +80,14 @@ def vit(config: ViTConfig) -> Model:
 
 
 def patchify(
-    images_BHWC: Float[Array, 'B H W C'], size: int
+  images_BHWC: Float[Array, 'B H W C'], size: int
 ) -> Float[Array, 'B N P']:
   """Flattened patches in reading order: `[B, (H/size)(W/size), size^2 C]`."""
   batch, height, width, channels = images_BHWC.shape
   grid = images_BHWC.reshape(
-      batch, height // size, size, width // size, size, channels
+    batch, height // size, size, width // size, size, channels
   )
-  return jnp.swapaxes(grid, 2, 3).reshape(
-      batch, -1, size * size * channels
-  )
+  return jnp.swapaxes(grid, 2, 3).reshape(batch, -1, size * size * channels)
 
 
 class _Table(nnx.Module):
@@ -98,12 +96,11 @@ class _Table(nnx.Module):
   def __init__(self, rows: int, config: ViTConfig, rngs: nnx.Rngs):
     init = nnx.initializers.normal(0.02)
     self.embedding = nnx.Param(
-        init(rngs.params(), (rows, config.d_model), config.dtypes.param)
+      init(rngs.params(), (rows, config.d_model), config.dtypes.param)
     )
 
 
 class _ViT(nnx.Module):
-
   def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
     self.config = config
     d_patch = config.patch_size**2 * config.channels
@@ -113,18 +110,18 @@ class _ViT(nnx.Module):
     self.blocks = blocks_lib.stack(config, rngs)
     self.final_norm = norm(config)
     self.head = linear(
-        config.d_model, config.num_classes, config, rngs, use_bias=True
+      config.d_model, config.num_classes, config, rngs, use_bias=True
     )
 
   def __call__(
-      self, images_BHWC: Float[Array, 'B H W C']
+    self, images_BHWC: Float[Array, 'B H W C']
   ) -> Float[Array, 'B K']:
     config = self.config
     expected = (config.image_size, config.image_size, config.channels)
     if images_BHWC.shape[1:] != expected:
       raise ValueError(
-          f'images are {images_BHWC.shape}; the model takes [batch, '
-          f'{", ".join(map(str, expected))}].'
+        f'images are {images_BHWC.shape}; the model takes [batch, '
+        f'{", ".join(map(str, expected))}].'
       )
     dtype = config.dtypes.compute
     patches_BNP = patchify(images_BHWC.astype(dtype), config.patch_size)

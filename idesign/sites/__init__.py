@@ -8,25 +8,26 @@ replaces it. Both work on the jaxpr of a user's function, so that no model has
 to change.
 """
 
-from idesign.sites._weight_sites import Site, Sites, UnsupportedUseError, Use
+from idesign.sites._find import UnsupportedUseError
+from idesign.sites._site import Site, Sites, Use
 from idesign.sites.activations import capture, edit, list_activations
 from idesign.sites.collect import (
-    Loss,
-    Readout,
-    SharedWeightError,
-    UnreadUseError,
-    collect,
-    find_sites,
-    per_example_gradients,
-    vmap_grad,
+  Loss,
+  Readout,
+  SharedWeightError,
+  UnreadUseError,
+  collect,
+  find_sites,
+  per_example_gradients,
+  vmap_grad,
 )
 from idesign.sites.selection import SelectionError, leaf_paths, match_paths
 from idesign.sites.statistics import (
-    Statistic,
-    direction_product,
-    input_moment,
-    output_moment,
-    per_example_gradient,
-    per_example_squared_norm,
-    rotated_square,
+  Statistic,
+  direction_product,
+  input_moment,
+  output_moment,
+  per_example_gradient,
+  per_example_squared_norm,
+  rotated_square,
 )

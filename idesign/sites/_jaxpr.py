@@ -19,7 +19,9 @@ Jaxpr = jex_core.Jaxpr
 Key = Hashable
 Found = dict[Key, Any]
 # rule(eqn, invals, keys, extra) -> (outvals, found)
-Rule = Callable[[Any, list, tuple[Key, ...], dict[Key, Any]], tuple[list, Found]]
+Rule = Callable[
+  [Any, list, tuple[Key, ...], dict[Key, Any]], tuple[list, Found]
+]
 
 # `jit` was `pjit` before jax 0.7. Calls are evaluated in place: XLA inlines
 # them anyway, and whatever encloses the whole function is still compiled once.
@@ -48,19 +50,21 @@ class Plan:
   def keys(self) -> list[Key]:
     """All keys marked here or deeper, in order of appearance."""
     keys = itertools.chain(
-        *self.marks.values(), *(p.keys() for p in self.inside.values())
+      *self.marks.values(), *(p.keys() for p in self.inside.values())
     )
     return list(dict.fromkeys(keys))
 
   def only(self, live: set[Key]) -> 'Plan':
     """The plan without the marks of other keys."""
-    marks = {i: tuple(k for k in ks if k in live) for i, ks in self.marks.items()}
+    marks = {
+      i: tuple(k for k in ks if k in live) for i, ks in self.marks.items()
+    }
     inside = {i: p.only(live) for i, p in self.inside.items()}
     return Plan(
-        {i: ks for i, ks in marks.items() if ks},
-        {i: p for i, p in inside.items() if p.marks or p.inside},
-        self.scanned & live,
-        {k: s for k, s in self.steps.items() if k in live},
+      {i: ks for i, ks in marks.items() if ks},
+      {i: p for i, p in inside.items() if p.marks or p.inside},
+      self.scanned & live,
+      {k: s for k, s in self.steps.items() if k in live},
     )
 
 
@@ -91,7 +95,9 @@ def is_literal(var: Any) -> bool:
 def inner(eqn: Any) -> tuple[Jaxpr, Sequence[Any]]:
   """The jaxpr that a call, a remat or a scan equation evaluates."""
   params = eqn.params
-  return open_jaxpr(params['jaxpr'] if 'jaxpr' in params else params['call_jaxpr'])
+  return open_jaxpr(
+    params['jaxpr'] if 'jaxpr' in params else params['call_jaxpr']
+  )
 
 
 def inner_jaxprs(eqn: Any) -> list[Jaxpr]:
@@ -108,21 +114,21 @@ def scan_parts(eqn: Any) -> ScanParts:
   """
   body, consts = inner(eqn)
   stacked_in = sum(
-      len(outer.aval.shape) != len(within.aval.shape)
-      for outer, within in zip(eqn.invars, body.invars)
+    len(outer.aval.shape) != len(within.aval.shape)
+    for outer, within in zip(eqn.invars, body.invars)
   )
   num_carry = sum(
-      len(outer.aval.shape) == len(within.aval.shape)
-      for outer, within in zip(eqn.outvars, body.outvars)
+    len(outer.aval.shape) == len(within.aval.shape)
+    for outer, within in zip(eqn.outvars, body.outvars)
   )
   return ScanParts(
-      body=body,
-      body_consts=consts,
-      num_consts=len(eqn.invars) - num_carry - stacked_in,
-      num_carry=num_carry,
-      length=eqn.params['length'],
-      reverse=eqn.params['reverse'],
-      unroll=eqn.params['unroll'],
+    body=body,
+    body_consts=consts,
+    num_consts=len(eqn.invars) - num_carry - stacked_in,
+    num_carry=num_carry,
+    length=eqn.params['length'],
+    reverse=eqn.params['reverse'],
+    unroll=eqn.params['unroll'],
   )
 
 
@@ -144,12 +150,12 @@ def trace(fn: Callable[..., Any], *args) -> tuple[jex_core.ClosedJaxpr, Any]:
 
 
 def evaluate(
-    jaxpr: Jaxpr,
-    consts: Sequence[Any],
-    args: Sequence[Any],
-    plan: Plan,
-    rule: Rule,
-    extra: dict[Key, Any],
+  jaxpr: Jaxpr,
+  consts: Sequence[Any],
+  args: Sequence[Any],
+  plan: Plan,
+  rule: Rule,
+  extra: dict[Key, Any],
 ) -> tuple[list, Found]:
   """Evaluates a jaxpr, calling `rule` in place of the marked equations.
 
@@ -199,9 +205,9 @@ def _enter(eqn, invals, plan, rule, extra) -> tuple[list, Found]:
 
   if name in REMATS:
     call = jax.checkpoint(
-        call,
-        prevent_cse=eqn.params['prevent_cse'],
-        policy=eqn.params['policy'],
+      call,
+      prevent_cse=eqn.params['prevent_cse'],
+      policy=eqn.params['policy'],
     )
   return call(invals, {k: extra[k] for k in plan.keys() if k in extra})
 
@@ -227,12 +233,12 @@ def _enter_scan(eqn, invals, plan, rule, extra) -> tuple[list, Found]:
     def body(carry, slices, part=part):
       xs, here = slices
       outs, found = evaluate(
-          scan.body,
-          scan.body_consts,
-          [*consts, *carry, *xs],
-          part,
-          rule,
-          shared | here,
+        scan.body,
+        scan.body_consts,
+        [*consts, *carry, *xs],
+        part,
+        rule,
+        shared | here,
       )
       return outs[: scan.num_carry], (outs[scan.num_carry :], found)
 
@@ -241,17 +247,17 @@ def _enter_scan(eqn, invals, plan, rule, extra) -> tuple[list, Found]:
       return x if whole else x[start - offset : stop - offset]
 
     here = {
-        k: jax.tree.map(lambda x, k=k: rows(x, steps[k][0]), v)
-        for k, v in sliced.items()
-        if k in live
+      k: jax.tree.map(lambda x, k=k: rows(x, steps[k][0]), v)
+      for k, v in sliced.items()
+      if k in live
     }
     carry, (ys, found) = jax.lax.scan(
-        body,
-        carry,
-        ([rows(x) for x in xs], here),
-        length=stop - start,
-        reverse=scan.reverse,
-        unroll=scan.unroll,
+      body,
+      carry,
+      ([rows(x) for x in xs], here),
+      length=stop - start,
+      reverse=scan.reverse,
+      unroll=scan.unroll,
     )
     ys_parts.append(ys)
     found_parts.append(found)
@@ -259,8 +265,8 @@ def _enter_scan(eqn, invals, plan, rule, extra) -> tuple[list, Found]:
     ys_parts.reverse()
     found_parts.reverse()
   found = {
-      k: _concatenate([f[k] for f in found_parts if k in f])
-      for k in dict.fromkeys(itertools.chain(*found_parts))
+    k: _concatenate([f[k] for f in found_parts if k in f])
+    for k in dict.fromkeys(itertools.chain(*found_parts))
   }
   return [*carry, *_concatenate(ys_parts)], found
 

@@ -102,25 +102,29 @@ def _find(jaxpr, texts: Iterable[str]):
     pattern = selection.parse(text)
     if any(h.startswith(f'{pattern.name} (') for h in hidden):
       raise SelectionError(
-          f'Activation {pattern.name!r} is named where it cannot be reached: '
-          f'{", ".join(sorted(hidden))}.'
+        f'Activation {pattern.name!r} is named where it cannot be reached: '
+        f'{", ".join(sorted(hidden))}.'
       )
     here = [k for k, o in enumerate(found) if o.name == pattern.name]
     if not here:
       raise SelectionError(
-          f'No activation is named {pattern.name!r}; the names are '
-          f'{sorted({o.name for o in found})}. A model names one with '
-          'jax.ad_checkpoint.checkpoint_name.'
+        f'No activation is named {pattern.name!r}; the names are '
+        f'{sorted({o.name for o in found})}. A model names one with '
+        'jax.ad_checkpoint.checkpoint_name.'
       )
     keys[text] = []
     for k, layers in _layers(pattern, here, found):
       key = _Wanted(k, text)
       keys[text].append(key)
-      requests.setdefault(k, []).append((key, layers if found[k].loops else None))
+      requests.setdefault(k, []).append(
+        (key, layers if found[k].loops else None)
+      )
   return found, _mark(jaxpr, requests, itertools.count(), {}), keys
 
 
-def _layers(pattern, here, found) -> Iterator[tuple[int, tuple[int, int] | None]]:
+def _layers(
+  pattern, here, found
+) -> Iterator[tuple[int, tuple[int, int] | None]]:
   """Distributes a layer range over the occurrences of a name, in order."""
   steps = pattern.steps(sum(found[k].num_layers for k in here))
   first = 0
@@ -135,7 +139,9 @@ def _layers(pattern, here, found) -> Iterator[tuple[int, tuple[int, int] | None]
     first += n
 
 
-def list_activations(fn: Callable[..., Any], *args) -> dict[str, tuple[int, ...]]:
+def list_activations(
+  fn: Callable[..., Any], *args
+) -> dict[str, tuple[int, ...]]:
   """Name -> shape of every activation that can be captured or edited.
 
   Layers, whether a scan or a Python loop runs through them, are the leading
@@ -148,7 +154,7 @@ def list_activations(fn: Callable[..., Any], *args) -> dict[str, tuple[int, ...]
 
 
 def capture(
-    fn: Callable[..., Any], names: Iterable[str]
+  fn: Callable[..., Any], names: Iterable[str]
 ) -> Callable[..., tuple[Any, dict[str, Array]]]:
   """Also returns named activations.
 
@@ -180,7 +186,7 @@ def capture(
 
     leaves = jax.tree.leaves((args, kwargs))
     outs, values = _jaxpr.evaluate(
-        closed.jaxpr, closed.consts, leaves, plan, rule, {}
+      closed.jaxpr, closed.consts, leaves, plan, rule, {}
     )
     taken = {t: _stack(t, keys[t], found, values) for t in texts}
     return jax.tree.unflatten(tree, outs), taken
@@ -194,18 +200,18 @@ def _stack(text: str, keys: list[_Wanted], found, values) -> Array:
   if sum(o.name == name for o in found) == 1:
     return values[keys[0]]
   rows = [
-      values[k] if found[k.occurrence].loops else values[k][None] for k in keys
+    values[k] if found[k.occurrence].loops else values[k][None] for k in keys
   ]
   if len({r.shape[1:] for r in rows}) != 1:
     raise ValueError(
-        f'The occurrences of {text!r} have shapes {[r.shape for r in rows]} and '
-        'cannot be stacked; give them different names in the model.'
+      f'The occurrences of {text!r} have shapes {[r.shape for r in rows]} and '
+      'cannot be stacked; give them different names in the model.'
     )
   return jnp.concatenate(rows)
 
 
 def edit(
-    fn: Callable[..., Any], edits: Mapping[str, Callable[[Array], Array]]
+  fn: Callable[..., Any], edits: Mapping[str, Callable[[Array], Array]]
 ) -> Callable[..., Any]:
   """Replaces named activations.
 
@@ -236,15 +242,15 @@ def edit(
         new = edits[text](h)
         if new.shape != h.shape or new.dtype != h.dtype:
           raise ValueError(
-              f'The edit of {text!r} turned {h.dtype}{h.shape} into '
-              f'{new.dtype}{new.shape}; it must keep both.'
+            f'The edit of {text!r} turned {h.dtype}{h.shape} into '
+            f'{new.dtype}{new.shape}; it must keep both.'
           )
         h = new
       return [h], {}
 
     leaves = jax.tree.leaves((args, kwargs))
     outs, _ = _jaxpr.evaluate(
-        closed.jaxpr, closed.consts, leaves, plan, rule, {}
+      closed.jaxpr, closed.consts, leaves, plan, rule, {}
     )
     return jax.tree.unflatten(tree, outs)
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from idesign.sites import _jaxpr, _weight_sites, selection
-from idesign.sites._weight_sites import Site, Sites
+from idesign.sites import _find, _jaxpr, selection
+from idesign.sites._site import Site, Sites, Use
 from idesign.sites.statistics import Statistic, per_example_gradient
 
 PyTree = Any
@@ -28,9 +28,9 @@ class SharedWeightError(ValueError):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=['losses', 'values', 'grads'],
-    meta_fields=['unread'],
+  jax.tree_util.register_dataclass,
+  data_fields=['losses', 'values', 'grads'],
+  meta_fields=['unread'],
 )
 @dataclasses.dataclass(frozen=True)
 class Readout:
@@ -48,7 +48,7 @@ class Readout:
   losses: Array
   values: dict[str, dict[str, Array]]
   grads: PyTree | None
-  unread: tuple[_weight_sites.Use, ...]
+  unread: tuple[Use, ...]
 
 
 def _traced(loss: Loss, params: PyTree, batch: PyTree, select, example_axis):
@@ -59,23 +59,23 @@ def _traced(loss: Loss, params: PyTree, batch: PyTree, select, example_axis):
   shapes = [a.shape for a in closed.out_avals]
   if len(shapes) != 1 or len(shapes[0]) != 1:
     raise ValueError(
-        'A loss returns one value per example, shape [B]; this one returns '
-        f'{shapes}. Do not average over the batch.'
+      'A loss returns one value per example, shape [B]; this one returns '
+      f'{shapes}. Do not average over the batch.'
     )
   data = [None] * len(jax.tree.leaves(batch))
-  sites, plan = _weight_sites.find(
-      closed, [*paths, *data], chosen, shapes[0][0], example_axis
+  sites, plan = _find.find(
+    closed, [*paths, *data], chosen, shapes[0][0], example_axis
   )
   return closed, sites, plan
 
 
 def find_sites(
-    loss: Loss,
-    params: PyTree,
-    batch: PyTree,
-    select: str | Iterable[str] = '.*',
-    *,
-    example_axis: int = 0,
+  loss: Loss,
+  params: PyTree,
+  batch: PyTree,
+  select: str | Iterable[str] = '.*',
+  *,
+  example_axis: int = 0,
 ) -> Sites:
   """Lists the weight sites of a loss; `print` it for a table.
 
@@ -101,13 +101,13 @@ def find_sites(
 
 
 def collect(
-    loss: Loss,
-    statistics: Mapping[str, Statistic],
-    select: str | Iterable[str] = '.*',
-    *,
-    unread: Literal['raise', 'report'] = 'raise',
-    with_grads: bool = False,
-    example_axis: int = 0,
+  loss: Loss,
+  statistics: Mapping[str, Statistic],
+  select: str | Iterable[str] = '.*',
+  *,
+  unread: Literal['raise', 'report'] = 'raise',
+  with_grads: bool = False,
+  example_axis: int = 0,
 ) -> Callable[..., Readout]:
   r"""Reads statistics of a loss at its weight sites.
 
@@ -144,13 +144,13 @@ def collect(
 
   def read(params, batch, *, mask=None, inputs=None) -> Readout:
     closed, (sites, other), plan = _traced(
-        loss, params, batch, select, example_axis
+      loss, params, batch, select, example_axis
     )
     if other and unread == 'raise':
       uses = ', '.join(f'{u.path} in {u.primitive}' for u in other)
       raise UnreadUseError(
-          f'Selected parameters have uses that are not sites: {uses}. Narrow '
-          "`select`, or pass unread='report' and read Readout.unread."
+        f'Selected parameters have uses that are not sites: {uses}. Narrow '
+        "`select`, or pass unread='report' and read Readout.unread."
       )
     readings = [_readings(s, statistics, inputs or {}) for s in sites]
     flat = jax.tree.leaves((params, batch))
@@ -164,16 +164,16 @@ def collect(
 
     def probed(leaves, probes):
       extra = {
-          k: (probes[k], {n: r.inputs for n, r in readings[k].items()})
-          for k in range(len(sites))
+        k: (probes[k], {n: r.inputs for n, r in readings[k].items()})
+        for k in range(len(sites))
       }
       outs, _ = _jaxpr.evaluate(
-          closed.jaxpr,
-          closed.consts,
-          [*leaves, *flat[num_params:]],
-          plan,
-          rule,
-          extra,
+        closed.jaxpr,
+        closed.consts,
+        [*leaves, *flat[num_params:]],
+        plan,
+        rule,
+        extra,
       )
       return outs[0]
 
@@ -188,8 +188,8 @@ def collect(
       (read_back,), grads = pull(jnp.ones_like(losses)), None
     by_path = dict(zip(selection.leaf_paths(params), leaves))
     values = {
-        name: _assemble(stat, [r[name] for r in read_back], sites, by_path)
-        for name, stat in statistics.items()
+      name: _assemble(stat, [r[name] for r in read_back], sites, by_path)
+      for name, stat in statistics.items()
     }
     return Readout(losses, values, grads, other)
 
@@ -215,28 +215,28 @@ def _readings(site: Site, statistics, inputs) -> dict[str, _Reading]:
     if site.shared and not stat.additive:
       if stat.of_gradient is None or site.layers is not None:
         raise SharedWeightError(
-            f'{name!r} is not additive and parameter {site.path!r} meets data '
-            f'more than once (site {site.name!r}, {site.loops} loop steps). '
-            'Read per_example_gradient there and reduce the sum, or deselect '
-            'the parameter.'
+          f'{name!r} is not additive and parameter {site.path!r} meets data '
+          f'more than once (site {site.name!r}, {site.loops} loop steps). '
+          'Read per_example_gradient there and reduce the sum, or deselect '
+          'the parameter.'
         )
       stat = per_example_gradient
     here = inputs.get(name)
     if here is not None and site.name not in here:
       raise ValueError(
-          f'inputs[{name!r}] has nothing for site {site.name!r}; it has '
-          f'{sorted(here)}.'
+        f'inputs[{name!r}] has nothing for site {site.name!r}; it has '
+        f'{sorted(here)}.'
       )
     here = () if here is None else (here[site.name],)
     depth = len(site.stack)
     one = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape[depth:], a.dtype), here
+      lambda a: jax.ShapeDtypeStruct(a.shape[depth:], a.dtype), here
     )
     for a in jax.tree.leaves(here):
       if a.shape[:depth] != site.stack:
         raise ValueError(
-            f'inputs[{name!r}][{site.name!r}] has shape {a.shape}; its leading '
-            f'axes must be the stack {site.stack}.'
+          f'inputs[{name!r}][{site.name!r}] has shape {a.shape}; its leading '
+          f'axes must be the stack {site.stack}.'
         )
     result = jax.eval_shape(stat.fn, site.x_aval, site.dy_aval, *one)
     readings[name] = _Reading(stat.fn, here, result, site.stack)
@@ -261,8 +261,8 @@ def _probe(site: Site, readings, y, x, zeros, inputs, mask):
     if mask is not None:
       x, g = _masked(x, mask), _masked(g, mask)
     read = {
-        n: r.fn(x, g, *inputs[n]).astype(r.result.dtype)
-        for n, r in readings.items()
+      n: r.fn(x, g, *inputs[n]).astype(r.result.dtype)
+      for n, r in readings.items()
     }
     return dy, None, read, None, None
 
@@ -276,7 +276,7 @@ def _masked(x: Array, mask: Bool[Array, 'B T']) -> Array:
     return x
   if x.shape[:2] != mask.shape:
     raise ValueError(
-        f'mask has shape {mask.shape}, but a site has positions {x.shape[:2]}.'
+      f'mask has shape {mask.shape}, but a site has positions {x.shape[:2]}.'
     )
   return jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype))
 
@@ -294,7 +294,7 @@ def _assemble(stat, values, sites, by_path) -> dict[str, Array]:
 
 
 def per_example_gradients(
-    loss: Loss, select: str | Iterable[str] = '.*', *, example_axis: int = 0
+  loss: Loss, select: str | Iterable[str] = '.*', *, example_axis: int = 0
 ) -> Callable[..., dict[str, Array]]:
   """Per-example gradients in the parameters' own shapes, uses summed.
 
@@ -303,7 +303,7 @@ def per_example_gradients(
     that were not selected are zero. Every use must be a site.
   """
   read = collect(
-      loss, {'g': per_example_gradient}, select, example_axis=example_axis
+    loss, {'g': per_example_gradient}, select, example_axis=example_axis
   )
 
   def gradients(params, batch, *, mask=None):

@@ -37,7 +37,7 @@ class Pattern(NamedTuple):
     start, stop, _ = self.layers.indices(length)
     if start >= stop:
       raise SelectionError(
-          f'{self.text!r} selects no layer: the stack has {length}.'
+        f'{self.text!r} selects no layer: the stack has {length}.'
       )
     return start, stop
 
@@ -55,13 +55,12 @@ def leaf_paths(tree: Any) -> list[str]:
   """The path of every leaf, keys joined by `/`, in `jax.tree.leaves` order."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return [
-      jax.tree_util.keystr(path, simple=True, separator='/')
-      for path, _ in leaves
+    jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves
   ]
 
 
 def match_paths(
-    select: str | Iterable[str], paths: list[str]
+  select: str | Iterable[str], paths: list[str]
 ) -> dict[str, Pattern]:
   """The selected paths, each with the first pattern that matches it whole.
 
@@ -73,14 +72,16 @@ def match_paths(
   Raises:
     SelectionError: if a pattern matches nothing; lists what there is.
   """
-  patterns = [parse(s) for s in ([select] if isinstance(select, str) else select)]
+  patterns = [
+    parse(s) for s in ([select] if isinstance(select, str) else select)
+  ]
   chosen: dict[str, Pattern] = {}
   for pattern in patterns:
     hits = [p for p in paths if re.fullmatch(pattern.name, p)]
     if not hits:
       raise SelectionError(
-          f'{pattern.text!r} matches no parameter. Patterns must match a whole '
-          f'path; the paths are: {", ".join(paths)}.'
+        f'{pattern.text!r} matches no parameter. Patterns must match a whole '
+        f'path; the paths are: {", ".join(paths)}.'
       )
     for path in hits:
       chosen.setdefault(path, pattern)

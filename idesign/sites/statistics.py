@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -74,7 +73,7 @@ def _direction_product(x, dy, inputs) -> Float[Array, 'B C']:
 def _rotated_square(x, dy, inputs) -> Float[Array, 'I O']:
   basis_in, basis_out = inputs
   rotated = _gradient(
-      _einsum('bti,ij->btj', x, basis_in), _einsum('bto,op->btp', dy, basis_out)
+    _einsum('bti,ij->btj', x, basis_in), _einsum('bto,op->btp', dy, basis_out)
   )
   return jnp.sum(rotated**2, axis=0)
 
@@ -90,9 +89,9 @@ per_example_gradient = Statistic(_gradient, additive=True)
 # |sum_t x_t dy_t^T|^2 = sum_ts (x_t . x_s)(dy_t . dy_s) (Goodfellow 2015; Li et
 # al. 2021), so that no gradient is formed.
 per_example_squared_norm = Statistic(
-    _squared_norm,
-    additive=False,
-    of_gradient=lambda g: jnp.sum(g**2, axis=tuple(range(1, g.ndim))),
+  _squared_norm,
+  additive=False,
+  of_gradient=lambda g: jnp.sum(g**2, axis=tuple(range(1, g.ndim))),
 )
 # Inner products <u_c w_c^T, gradient_b> with rank-1 directions. Inputs per
 # site: `(u [*stack, C, d_in], w [*stack, C, d_out])`.

@@ -24,7 +24,7 @@ class Batches:
   """
 
   def __init__(
-      self, rows: Rows, batch_size: int, *, seed: int, mesh: Mesh | None = None
+    self, rows: Rows, batch_size: int, *, seed: int, mesh: Mesh | None = None
   ):
     """Checks the rows; nothing is copied.
 
@@ -42,8 +42,8 @@ class Batches:
     self.num_rows = count_rows(rows)
     if not 1 <= batch_size <= self.num_rows:
       raise ValueError(
-          f'batch_size={batch_size} must be between 1 and the number of rows, '
-          f'{self.num_rows}; use a smaller batch or more data.'
+        f'batch_size={batch_size} must be between 1 and the number of rows, '
+        f'{self.num_rows}; use a smaller batch or more data.'
       )
     if seed < 0:
       raise ValueError(f'seed={seed} must not be negative.')
@@ -77,16 +77,16 @@ class Batches:
     """Where the stream is when batch `step` comes next, as JSON."""
     epoch, index = divmod(step, self.steps_per_epoch)
     return {
-        'seed': self.seed,
-        'epoch': epoch,
-        'index': index,
-        'num_rows': self.num_rows,
-        'batch_size': self.batch_size,
+      'seed': self.seed,
+      'epoch': epoch,
+      'index': index,
+      'num_rows': self.num_rows,
+      'batch_size': self.batch_size,
     }
 
 
 def in_order(
-    rows: Rows, batch_size: int, *, mesh: Mesh | None = None
+  rows: Rows, batch_size: int, *, mesh: Mesh | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
   """Every row once, in order, for evaluation.
 
@@ -118,8 +118,8 @@ def count_rows(rows: Rows) -> int:
     raise ValueError(f'columns have different numbers of rows: {sizes}.')
   if not sizes or not all(sizes.values()):
     raise ValueError(
-        f'the data set is empty (rows per column: {sizes}); check the file or '
-        'filter it was made with.'
+      f'the data set is empty (rows per column: {sizes}); check the file or '
+      'filter it was made with.'
     )
   return next(iter(sizes.values()))
 
@@ -132,8 +132,8 @@ def take(rows: Rows, index: np.ndarray) -> dict[str, np.ndarray]:
   for name, column in batch.items():
     if column.dtype == object:
       raise ValueError(
-          f'column {name!r} has rows of different shapes or no numbers; make '
-          'them alike, or drop it with `remove_columns`.'
+        f'column {name!r} has rows of different shapes or no numbers; make '
+        'them alike, or drop it with `remove_columns`.'
       )
   return dict(batch)
 

@@ -58,12 +58,12 @@ class Checkpointer:
   """
 
   def __init__(
-      self,
-      workdir: str | os.PathLike[str],
-      config: Mapping[str, Any],
-      *,
-      keep: int = 2,
-      ignore: Sequence[str] = (),
+    self,
+    workdir: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    ignore: Sequence[str] = (),
   ):
     """Claims the workdir; see `claim_workdir` for `ignore` and its errors.
 
@@ -84,16 +84,16 @@ class Checkpointer:
 
   def __enter__(self) -> Checkpointer:
     self._manager = ocp.CheckpointManager(
-        self.directory,
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(self._keep),
-            cleanup_tmp_directories=True,
-            # Made in the background, a folder that a full disk refuses is
-            # waited for during five minutes before it is an error.
-            async_options=ocp.options.AsyncOptions(
-                create_directories_asynchronously=False
-            ),
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.LatestN(self._keep),
+        cleanup_tmp_directories=True,
+        # Made in the background, a folder that a full disk refuses is
+        # waited for during five minutes before it is an error.
+        async_options=ocp.options.AsyncOptions(
+          create_directories_asynchronously=False
         ),
+      ),
     )
     return self
 
@@ -108,8 +108,8 @@ class Checkpointer:
   def _open(self) -> ocp.CheckpointManager:
     if self._manager is None:
       raise ValueError(
-          f'the checkpointer of {self.workdir} is not open; use it inside '
-          '`with Checkpointer(...) as checkpointer:`.'
+        f'the checkpointer of {self.workdir} is not open; use it inside '
+        '`with Checkpointer(...) as checkpointer:`.'
       )
     return self._manager
 
@@ -123,9 +123,7 @@ class Checkpointer:
     """The last complete step, or None if there is no checkpoint."""
     return self._open.latest_step()
 
-  def save(
-      self, step: int, state: PyTree, position: Mapping[str, Any]
-  ) -> None:
+  def save(self, step: int, state: PyTree, position: Mapping[str, Any]) -> None:
     """Starts saving `state` as `step`.
 
     Args:
@@ -143,16 +141,16 @@ class Checkpointer:
     latest = self.latest_step
     if latest is not None and step <= latest:
       raise ValueError(
-          f'step {step} is not after the latest checkpoint, {latest}, in '
-          f'{self.directory}.'
+        f'step {step} is not after the latest checkpoint, {latest}, in '
+        f'{self.directory}.'
       )
     meta = {
-        'position': as_json(position, 'the data position'),
-        'config': self._config,
-        'arrays': _describe(state),
+      'position': as_json(position, 'the data position'),
+      'config': self._config,
+      'arrays': _describe(state),
     }
     items = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
     )
     try:
       self._open.save(step, args=items)
@@ -173,14 +171,14 @@ class Checkpointer:
 
   def _failed_save(self, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f'a checkpoint could not be written under {self.directory}: {error}\n'
-        f'The complete steps, {self.steps}, are intact. Make room (or fix the '
-        'permissions) and run the same command again: it resumes from the last '
-        'of them, or from the beginning if there is none.'
+      f'a checkpoint could not be written under {self.directory}: {error}\n'
+      f'The complete steps, {self.steps}, are intact. Make room (or fix the '
+      'permissions) and run the same command again: it resumes from the last '
+      'of them, or from the beginning if there is none.'
     )
 
   def restore(
-      self, template: PyTree, step: int | None = None
+    self, template: PyTree, step: int | None = None
   ) -> tuple[PyTree, dict[str, Any]]:
     """Reads a step onto the devices and shardings of `template`.
 
@@ -203,7 +201,7 @@ class Checkpointer:
     step = self.latest_step if step is None else step
     if step not in self.steps:
       raise CheckpointError(
-          f'{self.directory} has no step {step}; it has {self.steps}.'
+        f'{self.directory} has no step {step}; it has {self.steps}.'
       )
     folder = self.directory / str(step)
     meta = self._read(step, folder, meta=ocp.args.JsonRestore())['meta']
@@ -212,8 +210,8 @@ class Checkpointer:
     different = differences(meta['config'], self._config, ignore=self._ignore)
     if different:
       raise ValueError(
-          f'{folder} was saved by another config. Different (found -> asked '
-          f'for): {"; ".join(different)}.'
+        f'{folder} was saved by another config. Different (found -> asked '
+        f'for): {"; ".join(different)}.'
       )
     target = jax.tree.map(_abstract, template)
     self._check_shapes(folder, meta['arrays'], target)
@@ -236,25 +234,25 @@ class Checkpointer:
     earlier = [step for step in self.steps if step < int(folder.name)]
     remedy = f'go on from step {earlier[-1]}' if earlier else 'start again'
     return CheckpointError(
-        f'the checkpoint in {folder} is damaged: {why[:2000]}\nRestore that '
-        f'folder from a copy, or remove it to {remedy}.'
+      f'the checkpoint in {folder} is damaged: {why[:2000]}\nRestore that '
+      f'folder from a copy, or remove it to {remedy}.'
     )
 
   def _check_shapes(self, folder, saved, target) -> None:
     leaves = jax.tree_util.tree_flatten_with_path(target)[0]
     wanted = {path_name(p): [list(x.shape), str(x.dtype)] for p, x in leaves}
     different = [
-        f'{name}: {saved.get(name, ["absent"])[:2]} -> '
-        f'{wanted.get(name, ["absent"])}'
-        for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name, [None])[:2] != wanted.get(name)
+      f'{name}: {saved.get(name, ["absent"])[:2]} -> '
+      f'{wanted.get(name, ["absent"])}'
+      for name in sorted(saved.keys() | wanted.keys())
+      if saved.get(name, [None])[:2] != wanted.get(name)
     ]
     if different:
       shown = '; '.join(different[:20])
       raise ValueError(
-          f'the state in {folder} is not of the kind asked for. Different '
-          f'(found -> asked for), {len(different)} in all: {shown}. Was the '
-          'model or the optimizer changed?'
+        f'the state in {folder} is not of the kind asked for. Different '
+        f'(found -> asked for), {len(different)} in all: {shown}. Was the '
+        'model or the optimizer changed?'
       )
 
 
@@ -271,13 +269,13 @@ def _describe(state: PyTree) -> dict[str, list[Any]]:
   for path, leaf in leaves:
     if not isinstance(leaf, jax.Array) or leaf.size == 0:
       raise ValueError(
-          f'{path_name(path)!r} is {type(leaf).__name__} of shape '
-          f'{np.shape(leaf)}; a checkpoint holds jax.Arrays with elements.'
+        f'{path_name(path)!r} is {type(leaf).__name__} of shape '
+        f'{np.shape(leaf)}; a checkpoint holds jax.Arrays with elements.'
       )
   prints = np.asarray(_fingerprints([leaf for _, leaf in leaves]))
   return {
-      path_name(path): [list(leaf.shape), str(leaf.dtype), int(mark)]
-      for (path, leaf), mark in zip(leaves, prints)
+    path_name(path): [list(leaf.shape), str(leaf.dtype), int(mark)]
+    for (path, leaf), mark in zip(leaves, prints)
   }
 
 

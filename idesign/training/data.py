@@ -17,11 +17,11 @@ import zipfile
 import numpy as np
 
 _BUILDERS = {
-    '.txt': 'text',
-    '.json': 'json',
-    '.jsonl': 'json',
-    '.csv': 'csv',
-    '.parquet': 'parquet',
+  '.txt': 'text',
+  '.json': 'json',
+  '.jsonl': 'json',
+  '.csv': 'csv',
+  '.parquet': 'parquet',
 }
 
 Path = str | os.PathLike[str]
@@ -29,10 +29,10 @@ Source = Any  # A path, several paths, or a datasets.Dataset.
 
 
 def load_files(
-    paths: Path | Sequence[Path],
-    *,
-    cache_dir: Path | None = None,
-    sample_by: str = 'document',
+  paths: Path | Sequence[Path],
+  *,
+  cache_dir: Path | None = None,
+  sample_by: str = 'document',
 ):
   """Local files as one `datasets.Dataset`.
 
@@ -56,23 +56,23 @@ def load_files(
   kinds = {file.suffix for file in files}
   if len(kinds) != 1 or not kinds <= set(_BUILDERS):
     raise ValueError(
-        f'files of kind {sorted(kinds)} cannot be read as one data set; give '
-        f'files of one of the kinds {sorted(_BUILDERS)}.'
+      f'files of kind {sorted(kinds)} cannot be read as one data set; give '
+      f'files of one of the kinds {sorted(_BUILDERS)}.'
     )
   builder = _BUILDERS[kinds.pop()]
   options = {'sample_by': sample_by} if builder == 'text' else {}
   try:
     return datasets.load_dataset(
-        builder,
-        data_files=[str(file) for file in files],
-        split='train',
-        cache_dir=None if cache_dir is None else str(cache_dir),
-        **options,
+      builder,
+      data_files=[str(file) for file in files],
+      split='train',
+      cache_dir=None if cache_dir is None else str(cache_dir),
+      **options,
     )
   except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
     cause = error.__cause__ or error
     raise ValueError(
-        f'{", ".join(map(str, files))} cannot be read as {builder}: {cause}'
+      f'{", ".join(map(str, files))} cannot be read as {builder}: {cause}'
     ) from error
 
 
@@ -94,7 +94,7 @@ def _dataset(source: Source, columns: Iterable[str], **options):
   for column in columns:
     if column not in dataset.column_names:
       raise ValueError(
-          f'{name} has no column {column!r}; it has {dataset.column_names}.'
+        f'{name} has no column {column!r}; it has {dataset.column_names}.'
       )
   if dataset.num_rows == 0:
     raise ValueError(f'{name} has no rows.')
@@ -118,7 +118,7 @@ def load_tokenizer(path: Path):
   # chained.
   except Exception as error:  # pylint: disable=broad-exception-caught
     raise ValueError(
-        f'{file.absolute()} is not a tokenizer.json: {error}'
+      f'{file.absolute()} is not a tokenizer.json: {error}'
     ) from error
 
 
@@ -127,8 +127,8 @@ def token_id(tokenizer, token: str) -> int:
   index = tokenizer.token_to_id(token)
   if index is None:
     raise ValueError(
-        f'the tokenizer has no token {token!r} among its '
-        f'{tokenizer.get_vocab_size()}; give one it has.'
+      f'the tokenizer has no token {token!r} among its '
+      f'{tokenizer.get_vocab_size()}; give one it has.'
     )
   return index
 
@@ -146,8 +146,8 @@ def _documents(source, tokenizer, column, bos, eos, **options):
     for row, text in enumerate(texts, start=len(documents)):
       if not isinstance(text, str):
         raise ValueError(
-            f'{name}, column {column!r}, row {row}: expected text, '
-            f'found {text!r}; filter such rows out.'
+          f'{name}, column {column!r}, row {row}: expected text, '
+          f'found {text!r}; filter such rows out.'
         )
     # Special tokens are those asked for, whatever the tokenizer.json adds.
     for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
@@ -156,14 +156,14 @@ def _documents(source, tokenizer, column, bos, eos, **options):
 
 
 def packed_text(
-    source: Source,
-    tokenizer: Any,
-    *,
-    length: int,
-    column: str = 'text',
-    bos: str | None = None,
-    eos: str | None = None,
-    **options,
+  source: Source,
+  tokenizer: Any,
+  *,
+  length: int,
+  column: str = 'text',
+  bos: str | None = None,
+  eos: str | None = None,
+  **options,
 ) -> dict[str, np.ndarray]:
   """Text as full rows of tokens, for language modelling.
 
@@ -190,28 +190,28 @@ def packed_text(
   """
   _check_length(length)
   _, documents, name = _documents(
-      source, tokenizer, column, bos, eos, **options
+    source, tokenizer, column, bos, eos, **options
   )
   stream = np.concatenate(documents)
   rows = len(stream) // length
   if rows == 0:
     raise ValueError(
-        f'{name}, column {column!r}: {len(stream)} tokens do not fill one row '
-        f'of length={length}; use a smaller length or more text.'
+      f'{name}, column {column!r}: {len(stream)} tokens do not fill one row '
+      f'of length={length}; use a smaller length or more text.'
     )
   return {'tokens': stream[: rows * length].reshape(rows, length)}
 
 
 def padded_text(
-    source: Source,
-    tokenizer: Any,
-    *,
-    length: int,
-    pad: str,
-    column: str = 'text',
-    bos: str | None = None,
-    eos: str | None = None,
-    **options,
+  source: Source,
+  tokenizer: Any,
+  *,
+  length: int,
+  pad: str,
+  column: str = 'text',
+  bos: str | None = None,
+  eos: str | None = None,
+  **options,
 ) -> dict[str, np.ndarray]:
   """Text as one row per document, with a mask over its tokens.
 
@@ -232,15 +232,15 @@ def padded_text(
   """
   _check_length(length)
   tokenizer, documents, name = _documents(
-      source, tokenizer, column, bos, eos, **options
+    source, tokenizer, column, bos, eos, **options
   )
   tokens = np.full((len(documents), length), token_id(tokenizer, pad), np.int32)
   mask = np.zeros(tokens.shape, bool)
   for row, document in enumerate(documents):
     if len(document) == 0:
       raise ValueError(
-          f'{name}, column {column!r}, row {row} has no tokens; filter empty '
-          'rows out, or give bos or eos.'
+        f'{name}, column {column!r}, row {row} has no tokens; filter empty '
+        'rows out, or give bos or eos.'
       )
     kept = document[:length]
     tokens[row, : len(kept)] = kept
@@ -254,11 +254,11 @@ def _check_length(length: int) -> None:
 
 
 def image_rows(
-    source: Source,
-    *,
-    image: str = 'image',
-    label: str = 'label',
-    cache_dir: Path | None = None,
+  source: Source,
+  *,
+  image: str = 'image',
+  label: str = 'label',
+  cache_dir: Path | None = None,
 ) -> dict[str, np.ndarray]:
   """Images and labels, in memory.
 
@@ -289,12 +289,12 @@ def image_rows(
     images = images[..., None]
   if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
     raise ValueError(
-        f'{name}: {image!r} has shape {images.shape} and {label!r} '
-        f'{labels.shape}; expected [N, H, W] or [N, H, W, C], and [N], N > 0.'
+      f'{name}: {image!r} has shape {images.shape} and {label!r} '
+      f'{labels.shape}; expected [N, H, W] or [N, H, W, C], and [N], N > 0.'
     )
   if not np.issubdtype(labels.dtype, np.integer):
     raise ValueError(
-        f'{name}: {label!r} has dtype {labels.dtype}; labels are whole numbers.'
+      f'{name}: {label!r} has dtype {labels.dtype}; labels are whole numbers.'
     )
   return {'image': images, 'label': labels.astype(np.int32)}
 
@@ -309,7 +309,7 @@ def _from_npz(file, image, label):
       for name in (image, label):
         if name not in archive:
           raise ValueError(
-              f'it has no array {name!r}; it has {sorted(archive.files)}'
+            f'it has no array {name!r}; it has {sorted(archive.files)}'
           )
       return archive[image], archive[label], str(file)
   except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
@@ -327,8 +327,8 @@ def _from_dataset(dataset, name, image, label):
   shapes = {x.shape for x in rows}
   if len(shapes) > 1:
     raise ValueError(
-        f'{name}: the images in {image!r} have different shapes, '
-        f'{sorted(shapes)[:5]}; resize or crop them first.'
+      f'{name}: the images in {image!r} have different shapes, '
+      f'{sorted(shapes)[:5]}; resize or crop them first.'
     )
   images = np.stack(rows)
   while isinstance(feature, datasets.List):

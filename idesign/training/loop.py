@@ -37,19 +37,19 @@ class Data(Protocol):
 
 
 def fit(
-    state: TrainState,
-    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
-    data: Data,
-    *,
-    num_steps: int,
-    mesh: Mesh | None = None,
-    checkpointer: Checkpointer | None = None,
-    save_every: int = 1000,
-    writer: MetricsWriter | None = None,
-    log_every: int = 1,
-    evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
-    evaluate_every: int = 1000,
-    extra: Callable[..., dict[str, Any]] | None = None,
+  state: TrainState,
+  train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+  data: Data,
+  *,
+  num_steps: int,
+  mesh: Mesh | None = None,
+  checkpointer: Checkpointer | None = None,
+  save_every: int = 1000,
+  writer: MetricsWriter | None = None,
+  log_every: int = 1,
+  evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
+  evaluate_every: int = 1000,
+  extra: Callable[..., dict[str, Any]] | None = None,
 ) -> TrainState:
   """Trains until `num_steps` updates have been made, resuming if it can.
 
@@ -85,9 +85,9 @@ def fit(
     CheckpointError: see `Checkpointer`.
   """
   for name, every in (
-      ('save_every', save_every),
-      ('log_every', log_every),
-      ('evaluate_every', evaluate_every),
+    ('save_every', save_every),
+    ('log_every', log_every),
+    ('evaluate_every', evaluate_every),
   ):
     if every < 1:
       raise ValueError(f'{name}={every} must be at least 1.')
@@ -96,8 +96,8 @@ def fit(
   start = int(state.step)
   if start > num_steps:
     raise ValueError(
-        f'the run has already made {start} updates, more than '
-        f'num_steps={num_steps}; raise num_steps or choose another workdir.'
+      f'the run has already made {start} updates, more than '
+      f'num_steps={num_steps}; raise num_steps or choose another workdir.'
     )
   if writer is not None:
     writer.resume(start)
@@ -106,7 +106,7 @@ def fit(
     return step % every == 0 or step == num_steps
 
   progress = tqdm.tqdm(
-      initial=start, total=num_steps, disable=jax.process_index() != 0
+    initial=start, total=num_steps, disable=jax.process_index() != 0
   )
 
   def record(step, metrics, evaluation):
@@ -117,9 +117,9 @@ def fit(
     if wrong:
       values = ', '.join(f'{name}={metrics[name]}' for name in wrong)
       raise FloatingPointError(
-          f'step {step}: {values}. Look at the batch of that step (are all of '
-          'its weights zero?), lower the learning rate, or clip the gradient; '
-          'no checkpoint was saved from this step on.'
+        f'step {step}: {values}. Look at the batch of that step (are all of '
+        'its weights zero?), lower the learning rate, or clip the gradient; '
+        'no checkpoint was saved from this step on.'
       )
     progress.update()
     progress.set_postfix(loss=metrics['loss'], refresh=False)
@@ -152,11 +152,11 @@ def fit(
 
 
 def _resume(
-    state: TrainState, checkpointer: Checkpointer, data: Data
+  state: TrainState, checkpointer: Checkpointer, data: Data
 ) -> TrainState:
   template = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      state,
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    state,
   )
   # Two copies of a large state do not fit; the one given is consumed anyway.
   jax.tree.map(lambda x: x.delete(), state)
@@ -164,8 +164,8 @@ def _resume(
   different = differences(position, data.position(int(state.step)))
   if different:
     raise ValueError(
-        f'the checkpoint of step {int(state.step)} in {checkpointer.directory} '
-        'was made with other data. Different (found -> given): '
-        f'{"; ".join(different)}. Use the same data, seed and batch size.'
+      f'the checkpoint of step {int(state.step)} in {checkpointer.directory} '
+      'was made with other data. Different (found -> given): '
+      f'{"; ".join(different)}. Use the same data, seed and batch size.'
     )
   return state

@@ -48,8 +48,8 @@ class MetricsWriter:
       return
     if not self.path.parent.is_dir():
       raise FileNotFoundError(
-          f'{self.path.parent} does not exist; create the folder before '
-          f'writing {self.path.name}.'
+        f'{self.path.parent} does not exist; create the folder before '
+        f'writing {self.path.name}.'
       )
     records = _parse(self.path) if self.path.exists() else []
     self._open(records)
@@ -87,15 +87,15 @@ class MetricsWriter:
       raise ValueError(f'the writer of {self.path} is closed.')
     if step <= self._last:
       raise ValueError(
-          f'{self.path} already holds step {self._last}, so step {step} cannot '
-          f'be written; call resume({step - 1}) first to drop what follows.'
+        f'{self.path} already holds step {self._last}, so step {step} cannot '
+        f'be written; call resume({step - 1}) first to drop what follows.'
       )
     record = {'step': int(step)}
     for name, value in metrics.items():
       if name == 'step' or np.size(value) != 1:
         raise ValueError(
-            f'metric {name!r} of step {step} must be a scalar with a name '
-            f'other than "step"; got shape {np.shape(value)}.'
+          f'metric {name!r} of step {step} must be a scalar with a name '
+          f'other than "step"; got shape {np.shape(value)}.'
         )
       record[name] = _number(name, value)
     self._file.write(_line(record))
@@ -127,12 +127,13 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     ValueError: if a complete line is not a JSON object with a "step", naming
       the line; a last line without its end is ignored.
   """
+
   def restored(value):
     return _NOT_FINITE[value] if isinstance(value, str) else value
 
   return [
-      {name: restored(value) for name, value in record.items()}
-      for record in _parse(pathlib.Path(path))
+    {name: restored(value) for name, value in record.items()}
+    for record in _parse(pathlib.Path(path))
   ]
 
 
@@ -144,12 +145,12 @@ def _parse(path: pathlib.Path) -> list[dict[str, Any]]:
       record = json.loads(line)
     except json.JSONDecodeError as error:
       raise ValueError(
-          f'{path}, line {number}: not JSON ({error}); repair or remove it.'
+        f'{path}, line {number}: not JSON ({error}); repair or remove it.'
       ) from error
     if not isinstance(record, dict) or not isinstance(record.get('step'), int):
       raise ValueError(
-          f'{path}, line {number}: not an object with an integer "step"; is '
-          'this a metrics file?'
+        f'{path}, line {number}: not an object with an integer "step"; is '
+        'this a metrics file?'
       )
     records.append(record)
   return records

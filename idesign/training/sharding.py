@@ -31,16 +31,16 @@ PyTree = Any
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 _ENV = {
-    'coordinator_address': 'JAX_COORDINATOR_ADDRESS',
-    'num_processes': 'JAX_NUM_PROCESSES',
-    'process_id': 'JAX_PROCESS_ID',
+  'coordinator_address': 'JAX_COORDINATOR_ADDRESS',
+  'num_processes': 'JAX_NUM_PROCESSES',
+  'process_id': 'JAX_PROCESS_ID',
 }
 
 
 def initialize_distributed(
-    coordinator_address: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
 ) -> None:
   """Joins the processes of one run; call it before anything else uses JAX.
 
@@ -62,9 +62,9 @@ def initialize_distributed(
   if jax.distributed.is_initialized():
     return
   given = {
-      'coordinator_address': coordinator_address,
-      'num_processes': num_processes,
-      'process_id': process_id,
+    'coordinator_address': coordinator_address,
+    'num_processes': num_processes,
+    'process_id': process_id,
   }
   for name, variable in _ENV.items():
     if given[name] is None and os.environ.get(variable):
@@ -76,16 +76,16 @@ def initialize_distributed(
     return
   if missing:
     raise ValueError(
-        f'{" and ".join(missing)} must be given too: several processes need '
-        'the address of process 0, their number and their own id, as '
-        f'arguments or as {", ".join(_ENV[name] for name in missing)} in the '
-        'environment.'
+      f'{" and ".join(missing)} must be given too: several processes need '
+      'the address of process 0, their number and their own id, as '
+      f'arguments or as {", ".join(_ENV[name] for name in missing)} in the '
+      'environment.'
     )
   count, index = int(given['num_processes']), int(given['process_id'])
   if not 0 <= index < count:
     raise ValueError(
-        f'process_id={index} is not one of the {count} processes; ids run '
-        f'from 0 to num_processes - 1 = {count - 1}.'
+      f'process_id={index} is not one of the {count} processes; ids run '
+      f'from 0 to num_processes - 1 = {count - 1}.'
     )
   if count > 1:
     jax.distributed.initialize(given['coordinator_address'], count, index)
@@ -99,15 +99,15 @@ def _on_tpu_vm() -> bool:
     return False
   # JAX cannot be asked: touching devices before `initialize` is an error.
   return any(
-      pathlib.Path(name).exists() for name in ('/dev/accel0', '/dev/vfio/0')
+    pathlib.Path(name).exists() for name in ('/dev/accel0', '/dev/vfio/0')
   )
 
 
 def make_mesh(
-    data: int = -1,
-    model: int = 1,
-    *,
-    devices: Sequence[jax.Device] | None = None,
+  data: int = -1,
+  model: int = 1,
+  *,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """A `data x model` mesh whose axes are both of type `Auto`.
 
@@ -132,21 +132,21 @@ def make_mesh(
     if sizes[name] == -1:
       if count % other:
         raise ValueError(
-            f'{count} devices cannot be divided into a mesh with '
-            f'{"model" if name == "data" else "data"}={other}; use a divisor '
-            f'of {count}.'
+          f'{count} devices cannot be divided into a mesh with '
+          f'{"model" if name == "data" else "data"}={other}; use a divisor '
+          f'of {count}.'
         )
       sizes[name] = count // other
   if sizes['data'] * sizes['model'] != count:
     raise ValueError(
-        f'a mesh of data={data} x model={model} needs {data * model} devices '
-        f'but there are {count}; set one axis to -1, or pass `devices`.'
+      f'a mesh of data={data} x model={model} needs {data * model} devices '
+      f'but there are {count}; set one axis to -1, or pass `devices`.'
     )
   return jax.make_mesh(
-      tuple(sizes.values()),
-      AXES,
-      axis_types=(AxisType.Auto,) * len(AXES),
-      devices=devices,
+    tuple(sizes.values()),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+    devices=devices,
   )
 
 
@@ -156,28 +156,28 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def _checked_sharding(
-    name: str, shape: tuple[int, ...], mesh: Mesh, spec: PartitionSpec
+  name: str, shape: tuple[int, ...], mesh: Mesh, spec: PartitionSpec
 ) -> NamedSharding:
   if len(spec) > len(shape):
     raise ValueError(
-        f'the rule for {name} gives {spec}, which has more entries than the '
-        f'shape {shape} has dimensions; shorten the PartitionSpec.'
+      f'the rule for {name} gives {spec}, which has more entries than the '
+      f'shape {shape} has dimensions; shorten the PartitionSpec.'
     )
   for dimension, entry in enumerate(spec):
     axes = () if entry is None else entry
     for axis in (axes,) if isinstance(axes, str) else axes:
       if axis not in mesh.shape:
         raise ValueError(
-            f'the rule for {name} names the mesh axis {axis!r}, but the mesh '
-            f'has {tuple(mesh.shape)}.'
+          f'the rule for {name} names the mesh axis {axis!r}, but the mesh '
+          f'has {tuple(mesh.shape)}.'
         )
     axes = (axes,) if isinstance(axes, str) else axes
     parts = int(np.prod([mesh.shape[axis] for axis in axes], dtype=int))
     if shape[dimension] % parts:
       raise ValueError(
-          f'dimension {dimension} of {name}, shape {shape}, cannot be split '
-          f'into {parts} parts over mesh axis {"x".join(axes)}; change the '
-          'rule for this parameter, the size, or the mesh.'
+        f'dimension {dimension} of {name}, shape {shape}, cannot be split '
+        f'into {parts} parts over mesh axis {"x".join(axes)}; change the '
+        'rule for this parameter, the size, or the mesh.'
       )
   return NamedSharding(mesh, spec)
 
@@ -208,16 +208,16 @@ def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
       if pattern.fullmatch(name):
         return _checked_sharding(name, leaf.shape, mesh, spec)
     raise ValueError(
-        f'no sharding rule covers the parameter {name!r}, shape {leaf.shape}; '
-        'add one (patterns match the whole path), or end the rules with '
-        "('.*', PartitionSpec())."
+      f'no sharding rule covers the parameter {name!r}, shape {leaf.shape}; '
+      'add one (patterns match the whole path), or end the rules with '
+      "('.*', PartitionSpec())."
     )
 
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def follow_shardings(
-    tree: PyTree, params: PyTree, shardings: PyTree, mesh: Mesh
+  tree: PyTree, params: PyTree, shardings: PyTree, mesh: Mesh
 ) -> PyTree:
   """Shardings of an optimizer state that follow those of the parameters.
 
@@ -235,8 +235,8 @@ def follow_shardings(
   """
   flat = jax.tree_util.tree_flatten_with_path(params)[0]
   by_path = {
-      tuple(map(str, path)): (leaf.shape, sharding)
-      for (path, leaf), sharding in zip(flat, jax.tree.leaves(shardings))
+    tuple(map(str, path)): (leaf.shape, sharding)
+    for (path, leaf), sharding in zip(flat, jax.tree.leaves(shardings))
   }
   replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -268,8 +268,8 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
   """
   if batch_size < 1 or batch_size % mesh.shape['data']:
     raise ValueError(
-        f'batch_size={batch_size} is not a positive multiple of the mesh axis '
-        f'data={mesh.shape["data"]}; every shard gets equally many examples.'
+      f'batch_size={batch_size} is not a positive multiple of the mesh axis '
+      f'data={mesh.shape["data"]}; every shard gets equally many examples.'
     )
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
   every = np.arange(batch_size)
@@ -277,7 +277,7 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def shard_batch(
-    batch: Mapping[str, np.ndarray], mesh: Mesh
+  batch: Mapping[str, np.ndarray], mesh: Mesh
 ) -> dict[str, jax.Array]:
   """Puts this process's rows of a batch on its devices, as global arrays.
 
@@ -299,12 +299,12 @@ def shard_batch(
     local = np.asarray(local)
     if local.ndim == 0 or local.shape[0] % shards:
       raise ValueError(
-          f'batch[{name!r}] has shape {local.shape}; its axis 0, the examples, '
-          f'must be a multiple of the {shards} data shards of this process.'
+        f'batch[{name!r}] has shape {local.shape}; its axis 0, the examples, '
+        f'must be a multiple of the {shards} data shards of this process.'
       )
     rows = local.shape[0] // shards * mesh.shape['data']
     return jax.make_array_from_process_local_data(
-        sharding, local, (rows, *local.shape[1:])
+      sharding, local, (rows, *local.shape[1:])
     )
 
   return {name: place(name, local) for name, local in batch.items()}

@@ -52,12 +52,12 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    init: Callable[[Key[Array, '']], PyTree],
-    optimizer: optax.GradientTransformation,
-    key: Key[Array, ''],
-    *,
-    mesh: Mesh | None = None,
-    rules: sharding_lib.Rules | None = None,
+  init: Callable[[Key[Array, '']], PyTree],
+  optimizer: optax.GradientTransformation,
+  key: Key[Array, ''],
+  *,
+  mesh: Mesh | None = None,
+  rules: sharding_lib.Rules | None = None,
 ) -> TrainState:
   """A new `TrainState`, born with its shardings.
 
@@ -80,7 +80,7 @@ def init_state(
     init_key, noise_key = jax.random.split(key)
     params = init(init_key)
     return TrainState(
-        jnp.zeros((), jnp.int32), params, optimizer.init(params), noise_key
+      jnp.zeros((), jnp.int32), params, optimizer.init(params), noise_key
     )
 
   if mesh is None:
@@ -90,7 +90,7 @@ def init_state(
 
 
 def state_shardings(
-    state: TrainState, mesh: Mesh, rules: sharding_lib.Rules
+  state: TrainState, mesh: Mesh, rules: sharding_lib.Rules
 ) -> TrainState:
   """A `TrainState` of `NamedSharding`s.
 
@@ -103,13 +103,13 @@ def state_shardings(
   replicated = NamedSharding(mesh, PartitionSpec())
   params = sharding_lib.tree_shardings(state.params, mesh, rules)
   opt_state = sharding_lib.follow_shardings(
-      state.opt_state, state.params, params, mesh
+    state.opt_state, state.params, params, mesh
   )
   return TrainState(replicated, params, opt_state, replicated)
 
 
 def mean_gradient(
-    loss: Loss, params: PyTree, batch: Batch, *, accumulate: int = 1
+  loss: Loss, params: PyTree, batch: Batch, *, accumulate: int = 1
 ) -> tuple[Float[Array, ''], PyTree]:
   """The weighted mean loss and its gradient.
 
@@ -138,15 +138,15 @@ def mean_gradient(
   size = _batch_size(batch)
   if accumulate < 1 or size % accumulate:
     raise ValueError(
-        f'accumulate={accumulate} must be positive and divide the batch of '
-        f'{size} examples.'
+      f'accumulate={accumulate} must be positive and divide the batch of '
+      f'{size} examples.'
     )
   weight_B = batch.get('weight', jnp.ones(size, jnp.float32))
   weight_B = jnp.asarray(weight_B, jnp.float32)
   if weight_B.shape != (size,):
     raise ValueError(
-        f'batch["weight"] has shape {weight_B.shape}; it must be ({size},), '
-        'one weight per example (token masks belong inside the loss).'
+      f'batch["weight"] has shape {weight_B.shape}; it must be ({size},), '
+      'one weight per example (token masks belong inside the loss).'
     )
   weight_B = weight_B / weight_B.sum()
 
@@ -154,9 +154,9 @@ def mean_gradient(
     loss_b = loss(params, batch)
     if jnp.shape(loss_b) != weight_b.shape:
       raise ValueError(
-          f'the loss returned shape {jnp.shape(loss_b)} for a batch of '
-          f'{weight_b.shape[0]} examples; it must return one value per '
-          f'example, shape {weight_b.shape}, and leave the mean to the step.'
+        f'the loss returned shape {jnp.shape(loss_b)} for a batch of '
+        f'{weight_b.shape[0]} examples; it must return one value per '
+        f'example, shape {weight_b.shape}, and leave the mean to the step.'
       )
     return jnp.sum(loss_b.astype(jnp.float32) * weight_b)
 
@@ -176,7 +176,7 @@ def mean_gradient(
   zeros = lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))
   total = (jnp.zeros((), jnp.float32), jax.tree.map(zeros, params))
   (value, gradient), _ = jax.lax.scan(
-      visit, total, jax.tree.map(split, (dict(batch), weight_B))
+    visit, total, jax.tree.map(split, (dict(batch), weight_B))
   )
   cast = lambda g, p: g.astype(p.dtype)
   return value, jax.tree.map(cast, gradient, params)
@@ -184,23 +184,22 @@ def mean_gradient(
 
 def _batch_size(batch: Batch) -> int:
   sizes = {
-      name: jnp.shape(x)[0] if jnp.ndim(x) else None
-      for name, x in batch.items()
+    name: jnp.shape(x)[0] if jnp.ndim(x) else None for name, x in batch.items()
   }
   if not sizes or None in sizes.values() or len(set(sizes.values())) > 1:
     raise ValueError(
-        'every array of a batch has the examples on axis 0, equally many; got '
-        + (', '.join(f'{k}: {v}' for k, v in sizes.items()) or 'no array')
+      'every array of a batch has the examples on axis 0, equally many; got '
+      + (', '.join(f'{k}: {v}' for k, v in sizes.items()) or 'no array')
     )
   return next(iter(sizes.values()))
 
 
 def make_train_step(
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    *,
-    accumulate: int = 1,
-    shardings: TrainState | None = None,
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  *,
+  accumulate: int = 1,
+  shardings: TrainState | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Float[Array, '']]]]:
   """Builds `step(state, batch, **extra) -> (state, metrics)`, jitted.
 
@@ -226,30 +225,31 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch, **extra):
     if 'key' in batch:
       raise ValueError(
-          'batch["key"] is added by the step; rename the array of that name.'
+        'batch["key"] is added by the step; rename the array of that name.'
       )
     key = jax.random.fold_in(state.key, state.step)
     index_B = jnp.arange(_batch_size(batch))
     key_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index_B)
     value, gradient = mean_gradient(
-        loss, state.params, {**batch, 'key': key_B}, accumulate=accumulate
+      loss, state.params, {**batch, 'key': key_B}, accumulate=accumulate
     )
     updates, opt_state = optimizer.update(
-        gradient, state.opt_state, state.params, value=value, **extra
+      gradient, state.opt_state, state.params, value=value, **extra
     )
     params = optax.apply_updates(state.params, updates)
     metrics = {
-        'loss': value,
-        'grad_norm': _norm(gradient),
-        'update_norm': _norm(updates),
-        'param_norm': _norm(params),
+      'loss': value,
+      'grad_norm': _norm(gradient),
+      'update_norm': _norm(updates),
+      'param_norm': _norm(params),
     }
     return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
   out_shardings = None
   if shardings is not None:
     out_shardings = (
-        shardings, NamedSharding(shardings.step.mesh, PartitionSpec())
+      shardings,
+      NamedSharding(shardings.step.mesh, PartitionSpec()),
     )
   return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 

@@ -14,10 +14,10 @@ _ABSENT = object()
 
 
 def claim_workdir(
-    workdir: str | os.PathLike[str],
-    config: Mapping[str, Any],
-    *,
-    ignore: Sequence[str] = (),
+  workdir: str | os.PathLike[str],
+  config: Mapping[str, Any],
+  *,
+  ignore: Sequence[str] = (),
 ) -> pathlib.Path:
   """Takes a folder for a config, or refuses one that another config made.
 
@@ -40,8 +40,8 @@ def claim_workdir(
   """
   if '://' in str(workdir):
     raise ValueError(
-        f'workdir={workdir} is a URL; files are renamed and appended to, so '
-        'mount the bucket (for example with gcsfuse) and give the local path.'
+      f'workdir={workdir} is a URL; files are renamed and appended to, so '
+      'mount the bucket (for example with gcsfuse) and give the local path.'
     )
   root = pathlib.Path(workdir).absolute()
   path = root / 'config.json'
@@ -51,16 +51,15 @@ def claim_workdir(
       found = json.loads(path.read_text(encoding='utf-8'))
     except json.JSONDecodeError as error:
       raise ValueError(
-          f'{path} is not JSON ({error}); restore it, or choose another '
-          'workdir.'
+        f'{path} is not JSON ({error}); restore it, or choose another workdir.'
       ) from error
     different = differences(found, wanted, ignore=ignore)
     if different:
       raise ValueError(
-          f'{root} was made by another config. Different (found -> asked for): '
-          + '; '.join(different)
-          + '. Nothing there was changed. Choose another workdir, or run the '
-          f'config in {path} to go on.'
+        f'{root} was made by another config. Different (found -> asked for): '
+        + '; '.join(different)
+        + '. Nothing there was changed. Choose another workdir, or run the '
+        f'config in {path} to go on.'
       )
   elif jax.process_index() == 0:
     root.mkdir(parents=True, exist_ok=True)
@@ -76,16 +75,16 @@ def as_json(value: Mapping[str, Any], what: str) -> dict[str, Any]:
     return json.loads(json.dumps(value, allow_nan=False))
   except (TypeError, ValueError) as error:
     raise ValueError(
-        f'{what} holds a value that JSON cannot ({error}); use numbers, '
-        'strings, booleans, None, lists and dicts.'
+      f'{what} holds a value that JSON cannot ({error}); use numbers, '
+      'strings, booleans, None, lists and dicts.'
     ) from error
 
 
 def differences(
-    found: Mapping[str, Any],
-    wanted: Mapping[str, Any],
-    *,
-    ignore: Sequence[str] = (),
+  found: Mapping[str, Any],
+  wanted: Mapping[str, Any],
+  *,
+  ignore: Sequence[str] = (),
 ) -> list[str]:
   """The keys whose values differ, as `a.b: 1 -> 2`; empty if none do."""
   found, wanted = _flat(found), _flat(wanted)

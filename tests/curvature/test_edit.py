@@ -14,11 +14,11 @@ L, D, F = 3, 6, 5
 def params():
   keys = jax.random.split(jax.random.key(0), 3)
   return {
-      'blocks': {
-          'up': jax.random.normal(keys[0], (L, D, F)),
-          'down': jax.random.normal(keys[1], (L, F, D)),
-      },
-      'head': {'kernel': jax.random.normal(keys[2], (D, 4))},
+    'blocks': {
+      'up': jax.random.normal(keys[0], (L, D, F)),
+      'down': jax.random.normal(keys[1], (L, F, D)),
+    },
+    'head': {'kernel': jax.random.normal(keys[2], (D, 4))},
   }
 
 
@@ -42,7 +42,9 @@ def setting():
 def edits(at, bases, p, strength, **kwargs):
   parts = curvature.singular(p, at)
   return {
-      'mass': curvature.keep_high_curvature(p, at, bases, mass=strength, **kwargs),
+      'mass': curvature.keep_high_curvature(
+          p, at, bases, mass=strength, **kwargs
+      ),
       'share': curvature.keep_high_curvature(
           p, at, bases, share=strength, **kwargs
       ),
@@ -125,12 +127,12 @@ def test_a_random_edit_keeps_equally_many_and_depends_on_its_seed():
   share = 0.3
   ours = curvature.keep_high_curvature(p, at, bases, share=share)
   chance = [
-      curvature.keep_random(p, at, bases, share=share, seed=s) for s in (0, 0, 1)
+    curvature.keep_random(p, at, bases, share=share, seed=s) for s in (0, 0, 1)
   ]
   assert chance[0].kept == pytest.approx(ours.kept)
   same(chance[0].edited, chance[1].edited)
   assert not np.array_equal(
-      chance[0].edited['blocks/up'], chance[2].edited['blocks/up']
+    chance[0].edited['blocks/up'], chance[2].edited['blocks/up']
   )
 
 
@@ -143,9 +145,9 @@ def test_layers_that_are_not_chosen_keep_every_bit(kind):
   same(new['head'], p['head'])
   same(new['blocks']['up'][1], p['blocks']['up'][1])
   for changed in (
-      (new['blocks']['up'][0], p['blocks']['up'][0]),
-      (new['blocks']['up'][2], p['blocks']['up'][2]),
-      (new['blocks']['down'][1], p['blocks']['down'][1]),
+    (new['blocks']['up'][0], p['blocks']['up'][0]),
+    (new['blocks']['up'][2], p['blocks']['up'][2]),
+    (new['blocks']['down'][1], p['blocks']['down'][1]),
   ):
     assert not np.array_equal(*changed)
 
@@ -171,14 +173,16 @@ def test_shared_weights_missing_spectra_and_bad_layers_raise():
     curvature.keep_high_curvature(p, some, bases)
   with pytest.raises(ValueError, match=r'layers \[3\]'):
     curvature.keep_high_curvature(
-        p, at, bases, share=0.5, layers={'blocks/up': [3]}
+      p, at, bases, share=0.5, layers={'blocks/up': [3]}
     )
   tied = lambda p, x: jnp.tanh(x @ p['w']) @ p['w'].T
   w = {'w': jax.random.normal(jax.random.key(0), (D, F))}
   found = sites.find_sites(lambda p, x: tied(p, x).sum(-1), w, X).sites
   with pytest.raises(ValueError, match="'w' meets data more than once"):
     tied_at = {s.name: s for s in found}
-    curvature.keep_singular(w, tied_at, curvature.singular(w, tied_at), share=0.5)
+    curvature.keep_singular(
+      w, tied_at, curvature.singular(w, tied_at), share=0.5
+    )
 
 
 def test_factors_that_cannot_be_decomposed_raise():
@@ -186,7 +190,9 @@ def test_factors_that_cannot_be_decomposed_raise():
   factors = curvature.kfac_factors(apply, '.*')(p, X, key=jax.random.key(1))
   with pytest.raises(ValueError, match='no example'):
     curvature.spectra(factors._replace(count=jnp.zeros(())))
-  broken = factors.outputs | {'blocks/up': factors.outputs['blocks/up'] * jnp.nan}
+  broken = factors.outputs | {
+    'blocks/up': factors.outputs['blocks/up'] * jnp.nan
+  }
   with pytest.raises(ValueError, match="output 'blocks/up' factor"):
     curvature.spectra(factors._replace(outputs=broken))
 
@@ -196,7 +202,7 @@ def test_a_spectrum_rebuilds_its_factor():
   factors = curvature.kfac_factors(apply, '.*')(p, X, key=jax.random.key(1))
   basis = bases['blocks/down']
   rebuilt = np.einsum(
-      'lij,lj,lkj->lik', basis.input_basis, basis.input_values, basis.input_basis
+    'lij,lj,lkj->lik', basis.input_basis, basis.input_values, basis.input_basis
   )
   expected = np.asarray(factors.inputs['blocks/down']) / len(X)
   np.testing.assert_allclose(rebuilt, expected, atol=1e-6 * expected.max())

@@ -36,7 +36,7 @@ KERNELS = r'layer_\d/kernel'
 
 def gold(net, temperature=1.0, normalize='none'):
   fisher = curvature.Fisher(
-      labels='gold', temperature=temperature, normalize=normalize
+    labels='gold', temperature=temperature, normalize=normalize
   )
   return jax.jit(curvature.kfac_factors(net.apply, KERNELS, fisher))
 
@@ -105,9 +105,7 @@ def test_an_example_without_gradient_counts_as_zero():
   mask = jnp.array([True, False, True])
   fisher = curvature.Fisher(labels='gold', normalize='example')
   logits = lambda p, x: jnp.where(mask[:, None], net.apply(p, x), 0.0)
-  factors = curvature.kfac_factors(logits, KERNELS, fisher)(
-      params, x, labels=y
-  )
+  factors = curvature.kfac_factors(logits, KERNELS, fisher)(params, x, labels=y)
   for moment in factors.outputs.values():
     close(jnp.trace(moment), 2.0)
 
@@ -131,7 +129,7 @@ def test_masked_positions_leave_both_factors():
   logits = lambda p, x: x @ p['w']
   fisher = curvature.Fisher(labels='gold')
   factors = curvature.kfac_factors(logits, 'w', fisher)(
-      {'w': w}, x, labels=y, mask=mask
+    {'w': w}, x, labels=y, mask=mask
   )
   kept = x[mask]
   g = jax.nn.softmax(kept @ w) - jax.nn.one_hot(y[mask], c)
@@ -140,14 +138,14 @@ def test_masked_positions_leave_both_factors():
 
 
 @pytest.mark.parametrize(
-    'arguments, message',
-    [
-        ({'labels': 'true'}, "'true'"),
-        ({'normalize': 'token'}, "'token'"),
-        ({'temperature': 0.0}, 'temperature must be positive'),
-        ({'num_samples': 0}, 'num_samples is 0'),
-        ({'labels': 'gold', 'num_samples': 2}, 'num_samples is 2'),
-    ],
+  'arguments, message',
+  [
+    ({'labels': 'true'}, "'true'"),
+    ({'normalize': 'token'}, "'token'"),
+    ({'temperature': 0.0}, 'temperature must be positive'),
+    ({'num_samples': 0}, 'num_samples is 0'),
+    ({'labels': 'gold', 'num_samples': 2}, 'num_samples is 2'),
+  ],
 )
 def test_bad_settings_raise(arguments, message):
   with pytest.raises(ValueError, match=message):
@@ -167,10 +165,10 @@ def test_factors_of_a_scanned_stack():
   w = jax.random.normal(jax.random.key(0), (3, D, D)) / 2
   x, y = data(5)
   scanned = lambda p, x: jax.lax.scan(
-      lambda h, w: (jnp.tanh(h @ w), None), x, p['w']
+    lambda h, w: (jnp.tanh(h @ w), None), x, p['w']
   )[0]
   looped = lambda p, x: jnp.tanh(
-      jnp.tanh(jnp.tanh(x @ p['0']) @ p['1']) @ p['2']
+    jnp.tanh(jnp.tanh(x @ p['0']) @ p['1']) @ p['2']
   )
   fisher = curvature.Fisher(labels='gold')
   a = curvature.kfac_factors(scanned, 'w', fisher)({'w': w}, x, labels=y)

@@ -36,7 +36,7 @@ def spectra(kind, seed):
   if kind == 'with zeros':
     return descending([4, 2, 0, 0]), descending([3, 1, 0])
   return descending(2.0 ** rng.integers(-9, 9, 8)), descending(
-      2.0 ** rng.integers(-9, 9, 6)
+    2.0 ** rng.integers(-9, 9, 6)
   )
 
 
@@ -50,7 +50,9 @@ def test_keep_mass_is_the_full_sort(kind, share, seed):
   rows, columns = spectra(kind, seed)
   counts = curvature.keep_mass(rows, columns, share)
   mask = curvature.staircase(counts, len(columns))
-  expected = np.ones_like(mask) if share == 1 else full_sort(rows, columns, share)
+  expected = (
+    np.ones_like(mask) if share == 1 else full_sort(rows, columns, share)
+  )
   np.testing.assert_array_equal(mask, expected)
 
 

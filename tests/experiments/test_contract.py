@@ -108,7 +108,9 @@ def test_a_workdir_of_another_config_is_refused(tmp_path, other, key):
     contract.Workdir(tmp_path, config(**other), 'hash')
   with pytest.raises(ValueError, match='another config.*data_sha256'):
     contract.Workdir(tmp_path, config(), 'other')
-  assert before == {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+  assert before == {
+    p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()
+  }
 
 
 def test_provenance_is_recorded(tmp_path):
@@ -148,13 +150,13 @@ def command(*arguments):
 
 
 @pytest.mark.parametrize(
-    'argument, message',
-    [
-        (['--config=configs/memorization.py:huge'], "Unknown preset 'huge'"),
-        (['--config=configs/memorization.py:lm-cpu'], "Unknown preset 'lm-cpu'"),
-        (['--config=configs/memorization.py:smoke', '--config.epoch=3'], 'epoch'),
-        (['--config=configs/memorization.py:smoke', 'extra'], 'extra'),
-    ],
+  'argument, message',
+  [
+    (['--config=configs/memorization.py:huge'], "Unknown preset 'huge'"),
+    (['--config=configs/memorization.py:lm-cpu'], "Unknown preset 'lm-cpu'"),
+    (['--config=configs/memorization.py:smoke', '--config.epoch=3'], 'epoch'),
+    (['--config=configs/memorization.py:smoke', 'extra'], 'extra'),
+  ],
 )
 def test_bad_commands_are_refused_before_work(tmp_path, argument, message):
   run = command(*argument, f'--workdir={tmp_path / "run"}')

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 def get_config(preset):
   spec = importlib.util.spec_from_file_location(
-      'config', ROOT / 'configs' / 'memorization.py'
+    'config', ROOT / 'configs' / 'memorization.py'
   )
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -38,19 +38,19 @@ def test_a_world_is_what_it_says():
 
 def points(*rows):
   return [
-      {'layer_set': i, 'strength': 0.1, 'memorized': m, 'held_out': h}
-      for i, (m, h) in enumerate(rows)
+    {'layer_set': i, 'strength': 0.1, 'memorized': m, 'held_out': h}
+    for i, (m, h) in enumerate(rows)
   ]
 
 
 def test_the_rule_of_choice():
   """Lowest mean memorized accuracy; the floor must hold on every seed."""
   results = {
-      '0/unedited': {'held_out': 95.0},
-      '1/unedited': {'held_out': 94.0},
-      # Point 0 fails on seed 0, point 1 on seed 1, 3 is just inside.
-      '0/kfac': points((1, 92.9), (2, 95), (9, 95), (6, 93)),
-      '1/kfac': points((1, 94), (2, 91.9), (9, 95), (6, 92)),
+    '0/unedited': {'held_out': 95.0},
+    '1/unedited': {'held_out': 94.0},
+    # Point 0 fails on seed 0, point 1 on seed 1, 3 is just inside.
+    '0/kfac': points((1, 92.9), (2, 95), (9, 95), (6, 93)),
+    '1/kfac': points((1, 94), (2, 91.9), (9, 95), (6, 92)),
   }
   assert memorization.choose(results, [0, 1], 'kfac') == (3, 0.1)
   results['0/kfac'] = points((1, 10))
@@ -88,11 +88,11 @@ def claim_results(test=90.0, svd_test=90.0):
   results = {}
   for seed in (2, 3, 4):
     results |= {
-        f'{seed}/unedited': row(100.0, 92.0),
-        f'{seed}/kfac/operating': row(5.0 + seed / 10, test),
-        # The better one is not accurate enough to count.
-        f'{seed}/svd': [row(30.0, svd_test), row(1.0, test - 0.1)],
-        f'{seed}/random': [row(2.0, 10.0)],
+      f'{seed}/unedited': row(100.0, 92.0),
+      f'{seed}/kfac/operating': row(5.0 + seed / 10, test),
+      # The better one is not accurate enough to count.
+      f'{seed}/svd': [row(30.0, svd_test), row(1.0, test - 0.1)],
+      f'{seed}/random': [row(2.0, 10.0)],
     }
   return results
 

@@ -19,84 +19,82 @@ VOCAB = 29
 WINDOW = 5
 
 _LLAMA = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
+  vocab_size=VOCAB,
+  hidden_size=32,
+  intermediate_size=40,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=64,
 )
 _GPT2 = dict(
-    vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=48, n_inner=40
+  vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=48, n_inner=40
 )
 _NEOX = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    max_position_embeddings=64,
+  vocab_size=VOCAB,
+  hidden_size=32,
+  intermediate_size=40,
+  num_hidden_layers=3,
+  num_attention_heads=2,
+  max_position_embeddings=64,
 )
 _LLAMA3 = dict(
-    rope_type='llama3',
-    rope_theta=100.0,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,
+  rope_type='llama3',
+  rope_theta=100.0,
+  factor=8.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=32,
 )
 # Name: (prefix of the transformers classes, settings).
 CASES = {
-    'llama': (
-        'Llama',
-        _LLAMA | dict(head_dim=12, attention_bias=True, mlp_bias=True),
+  'llama': (
+    'Llama',
+    _LLAMA | dict(head_dim=12, attention_bias=True, mlp_bias=True),
+  ),
+  'llama-tied': ('Llama', _LLAMA | dict(tie_word_embeddings=True)),
+  'llama-rope': ('Llama', _LLAMA | dict(rope_parameters=_LLAMA3)),
+  'olmo2': ('Olmo2', _LLAMA | dict(rms_norm_eps=1e-3)),
+  'olmo2-bias': ('Olmo2', _LLAMA | dict(attention_bias=True)),
+  'qwen2': ('Qwen2', _LLAMA | dict(tie_word_embeddings=True)),
+  'qwen2-window': (
+    'Qwen2',
+    _LLAMA
+    | dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+  ),
+  'qwen3': ('Qwen3', _LLAMA | dict(head_dim=12, attention_bias=True)),
+  'qwen3-window': (
+    'Qwen3',
+    _LLAMA
+    | dict(
+      head_dim=16,
+      use_sliding_window=True,
+      sliding_window=WINDOW,
+      layer_types=[
+        'sliding_attention',
+        'full_attention',
+        'sliding_attention',
+      ],
     ),
-    'llama-tied': ('Llama', _LLAMA | dict(tie_word_embeddings=True)),
-    'llama-rope': ('Llama', _LLAMA | dict(rope_parameters=_LLAMA3)),
-    'olmo2': ('Olmo2', _LLAMA | dict(rms_norm_eps=1e-3)),
-    'olmo2-bias': ('Olmo2', _LLAMA | dict(attention_bias=True)),
-    'qwen2': ('Qwen2', _LLAMA | dict(tie_word_embeddings=True)),
-    'qwen2-window': (
-        'Qwen2',
-        _LLAMA
-        | dict(
-            use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
-        ),
+  ),
+  'gpt2': ('GPT2', _GPT2),
+  'gpt2-untied': (
+    'GPT2',
+    _GPT2 | dict(tie_word_embeddings=False, activation_function='relu'),
+  ),
+  'neox': ('GPTNeoX', _NEOX),
+  'neox-serial': (
+    'GPTNeoX',
+    _NEOX
+    | dict(
+      use_parallel_residual=False,
+      tie_word_embeddings=True,
+      attention_bias=False,
+      rope_parameters=dict(
+        rope_type='default', rope_theta=500.0, partial_rotary_factor=0.5
+      ),
     ),
-    'qwen3': ('Qwen3', _LLAMA | dict(head_dim=12, attention_bias=True)),
-    'qwen3-window': (
-        'Qwen3',
-        _LLAMA
-        | dict(
-            head_dim=16,
-            use_sliding_window=True,
-            sliding_window=WINDOW,
-            layer_types=[
-                'sliding_attention',
-                'full_attention',
-                'sliding_attention',
-            ],
-        ),
-    ),
-    'gpt2': ('GPT2', _GPT2),
-    'gpt2-untied': (
-        'GPT2',
-        _GPT2 | dict(tie_word_embeddings=False, activation_function='relu'),
-    ),
-    'neox': ('GPTNeoX', _NEOX),
-    'neox-serial': (
-        'GPTNeoX',
-        _NEOX
-        | dict(
-            use_parallel_residual=False,
-            tie_word_embeddings=True,
-            attention_bias=False,
-            rope_parameters=dict(
-                rope_type='default', rope_theta=500.0, partial_rotary_factor=0.5
-            ),
-        ),
-    ),
+  ),
 }
 
 
@@ -110,7 +108,7 @@ def torch_model(case: str):
   prefix, settings = CASES[case]
   head = 'LMHeadModel' if prefix == 'GPT2' else 'ForCausalLM'
   config = getattr(transformers, f'{prefix}Config')(
-      **settings, bos_token_id=None, eos_token_id=None, pad_token_id=None
+    **settings, bos_token_id=None, eos_token_id=None, pad_token_id=None
   )
   model = getattr(transformers, f'{prefix}{head}')(config).eval()
   generator = torch.Generator().manual_seed(list(CASES).index(case))
@@ -157,9 +155,9 @@ def torch_logits(model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
   with torch.no_grad():
     out = model(
-        input_ids=torch.tensor(tokens),
-        attention_mask=torch.tensor(mask.astype(np.int64)),
-        position_ids=torch.tensor(positions(mask)),
+      input_ids=torch.tensor(tokens),
+      attention_mask=torch.tensor(mask.astype(np.int64)),
+      position_ids=torch.tensor(positions(mask)),
     )
   return out.logits.float().numpy()
 
@@ -192,8 +190,8 @@ def flat(params):
 def replaced(params, path, value):
   """The parameters with one leaf changed."""
   return jax.tree_util.tree_map_with_path(
-      lambda p, leaf: value if '/'.join(k.key for k in p) == path else leaf,
-      params,
+    lambda p, leaf: value if '/'.join(k.key for k in p) == path else leaf,
+    params,
   )
 
 

@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 
 from idesign.models import (
-    TransformerConfig,
-    filter_logits,
-    generate,
-    init_cache,
-    transformer,
+  TransformerConfig,
+  filter_logits,
+  generate,
+  init_cache,
+  transformer,
 )
 
 CONFIG = TransformerConfig(
-    vocab_size=7,
-    d_model=8,
-    n_layers=2,
-    n_heads=2,
-    n_kv_heads=1,
-    d_ff=8,
-    sliding_window=(None, 3),
+  vocab_size=7,
+  d_model=8,
+  n_layers=2,
+  n_heads=2,
+  n_kv_heads=1,
+  d_ff=8,
+  sliding_window=(None, 3),
 )
 EPS = float(np.finfo(np.float32).eps)
 
@@ -32,8 +32,8 @@ def build():
   model = transformer(CONFIG)
   rng = np.random.default_rng(0)
   return model, jax.tree.map(
-      lambda a: jnp.asarray(0.6 * rng.normal(size=a.shape), a.dtype),
-      jax.eval_shape(model.init, jax.random.key(0)),
+    lambda a: jnp.asarray(0.6 * rng.normal(size=a.shape), a.dtype),
+    jax.eval_shape(model.init, jax.random.key(0)),
   )
 
 
@@ -42,14 +42,14 @@ def sample(prompts, mask=None, *, new=1, seed=0, slots=None, **kwargs):
   prompts = jnp.asarray(prompts)
   batch, time = prompts.shape
   return generate(
-      kwargs.pop('apply', model.apply),
-      params,
-      prompts,
-      jnp.ones(prompts.shape, bool) if mask is None else jnp.asarray(mask),
-      key=jax.random.key(seed),
-      max_new_tokens=new,
-      cache=init_cache(CONFIG, batch, slots or time + new),
-      **kwargs,
+    kwargs.pop('apply', model.apply),
+    params,
+    prompts,
+    jnp.ones(prompts.shape, bool) if mask is None else jnp.asarray(mask),
+    key=jax.random.key(seed),
+    max_new_tokens=new,
+    cache=init_cache(CONFIG, batch, slots or time + new),
+    **kwargs,
   )
 
 
@@ -72,16 +72,16 @@ def filtered(logits, temperature, top_k, top_p):
 
 
 SETTINGS = [
-    (1.0, None, None),
-    (0.7, None, None),
-    (2.5, 3, None),
-    (1.0, 1, None),
-    (1.0, None, 0.6),
-    (1.5, 4, 0.5),
-    (1.0, None, 1e-6),
-    (1.0, 20, 1.0),
-    (0.0, None, None),
-    (0.0, 3, 0.5),
+  (1.0, None, None),
+  (0.7, None, None),
+  (2.5, 3, None),
+  (1.0, 1, None),
+  (1.0, None, 0.6),
+  (1.5, 4, 0.5),
+  (1.0, None, 1e-6),
+  (1.0, 20, 1.0),
+  (0.0, None, None),
+  (0.0, 3, 0.5),
 ]
 
 
@@ -91,11 +91,11 @@ def test_filtered_logits_are_those_of_a_plain_filter(temperature, top_k, top_p):
   logits[0, 3] = logits[0, 5] = logits[0].max()  # A tie.
   with jax.numpy_dtype_promotion('strict'):
     got = filter_logits(
-        jnp.asarray(logits), temperature, top_k=top_k, top_p=top_p
+      jnp.asarray(logits), temperature, top_k=top_k, top_p=top_p
     )
   expected = [filtered(row, temperature, top_k, top_p) for row in logits]
   np.testing.assert_allclose(
-      jax.nn.softmax(got), expected, rtol=0, atol=8 * EPS
+    jax.nn.softmax(got), expected, rtol=0, atol=8 * EPS
   )
 
 
@@ -103,9 +103,7 @@ def test_filtered_logits_are_those_of_a_plain_filter(temperature, top_k, top_p):
 def test_frequencies_are_probabilities(temperature, top_k, top_p):
   model, params = build()
   prompt, rows = [[1, 4, 2]], 4000
-  out = sample(
-      prompt * rows, temperature=temperature, top_k=top_k, top_p=top_p
-  )
+  out = sample(prompt * rows, temperature=temperature, top_k=top_k, top_p=top_p)
   logits = jax.jit(model.apply)(params, jnp.asarray(prompt))[0, -1]
   probs = filtered(logits, temperature, top_k, top_p)
   tokens = np.asarray(out.tokens_BN[:, 0])
@@ -118,7 +116,7 @@ def test_frequencies_are_probabilities(temperature, top_k, top_p):
   own = np.asarray(jax.nn.log_softmax(logits))[tokens]
   np.testing.assert_allclose(out.logprobs_BN[:, 0], own, atol=64 * EPS)
   np.testing.assert_allclose(
-      out.sampling_logprobs_BN[:, 0], np.log(probs[tokens]), atol=64 * EPS
+    out.sampling_logprobs_BN[:, 0], np.log(probs[tokens]), atol=64 * EPS
   )
 
 
@@ -140,11 +138,9 @@ def test_a_ragged_batch_is_each_prompt_alone(side, temperature):
   for row, prompt in enumerate(PROMPTS):
     # Rows draw with their number: the prompt keeps it.
     alone = sample([prompt] * 3, new=6, temperature=temperature)
-    np.testing.assert_array_equal(
-        together.tokens_BN[row], alone.tokens_BN[row]
-    )
+    np.testing.assert_array_equal(together.tokens_BN[row], alone.tokens_BN[row])
     np.testing.assert_allclose(
-        together.logprobs_BN[row], alone.logprobs_BN[row], atol=64 * EPS
+      together.logprobs_BN[row], alone.logprobs_BN[row], atol=64 * EPS
     )
 
 
@@ -156,7 +152,7 @@ def test_logprobs_are_those_of_the_model_on_the_whole_sequence():
   mask = jnp.concatenate([jnp.asarray(mask), jnp.ones((3, 5), bool)], axis=1)
   logits = jax.jit(model.apply)(params, whole, mask_BT=mask)[:, 3:-1]
   logprobs = jnp.take_along_axis(
-      jax.nn.log_softmax(logits), out.tokens_BN[..., None], axis=2
+    jax.nn.log_softmax(logits), out.tokens_BN[..., None], axis=2
   )[..., 0]
   np.testing.assert_allclose(out.logprobs_BN, logprobs, atol=64 * EPS)
 
@@ -171,13 +167,13 @@ def test_rows_end_at_stop_tokens():
   np.testing.assert_array_equal(free.lengths_B, 12)
   for row, end in enumerate(ends):
     np.testing.assert_array_equal(
-        stopped.tokens_BN[row, : end + 1], tokens[row, : end + 1]
+      stopped.tokens_BN[row, : end + 1], tokens[row, : end + 1]
     )
     assert (stopped.tokens_BN[row, end + 1 :] == 6).all()
     assert not stopped.logprobs_BN[row, end + 1 :].any()
     assert not stopped.sampling_logprobs_BN[row, end + 1 :].any()
   np.testing.assert_array_equal(
-      stopped.logprobs_BN[0, : ends[0] + 1], free.logprobs_BN[0, : ends[0] + 1]
+    stopped.logprobs_BN[0, : ends[0] + 1], free.logprobs_BN[0, : ends[0] + 1]
   )
 
 
@@ -225,20 +221,20 @@ def test_one_compilation_serves_prompts_keys_and_temperatures():
     return model.apply(params, tokens, **kwargs)
 
   for seed, temperature, top_p, stop in (
-      (0, 1.0, 0.9, 1),
-      (1, 0.0, 0.1, 2),
-      (2, 3, 1, 3),
+    (0, 1.0, 0.9, 1),
+    (1, 0.0, 0.1, 2),
+    (2, 3, 1, 3),
   ):
     tokens, mask = padded('left' if seed else 'right')
     sample(
-        tokens,
-        mask,
-        new=4,
-        seed=seed,
-        temperature=temperature,
-        top_p=top_p,
-        stop_tokens=(stop,),
-        apply=traced,
+      tokens,
+      mask,
+      new=4,
+      seed=seed,
+      temperature=temperature,
+      top_p=top_p,
+      stop_tokens=(stop,),
+      apply=traced,
     )
     if not seed:
       before = list(traces)
@@ -252,14 +248,14 @@ def test_generation_works_under_jit():
   @jax.jit
   def run(key, temperature):
     return generate(
-        model.apply,
-        params,
-        prompts,
-        jnp.ones_like(prompts, bool),
-        key=key,
-        max_new_tokens=4,
-        cache=init_cache(CONFIG, 1, 6),
-        temperature=temperature,
+      model.apply,
+      params,
+      prompts,
+      jnp.ones_like(prompts, bool),
+      key=key,
+      max_new_tokens=4,
+      cache=init_cache(CONFIG, 1, 6),
+      temperature=temperature,
     )
 
   got = run(jax.random.key(0), 1.0)
@@ -268,18 +264,18 @@ def test_generation_works_under_jit():
 
 
 @pytest.mark.parametrize(
-    'kwargs,message',
-    [
-        (dict(new=0), 'max_new_tokens=0'),
-        (dict(temperature=-1.0), 'temperature=-1.0'),
-        (dict(temperature=float('nan')), 'temperature=nan'),
-        (dict(top_k=0), 'top_k=0'),
-        (dict(top_p=0.0), 'top_p=0.0'),
-        (dict(top_p=1.5), 'top_p=1.5'),
-        (dict(new=4, slots=4), '4 slots for 1 rows.* at least 5 for 1'),
-        (dict(mask=np.zeros((1, 2), bool)), 'no real token'),
-        (dict(mask=np.ones((2, 2), bool)), r'mask \(2, 2\)'),
-    ],
+  'kwargs,message',
+  [
+    (dict(new=0), 'max_new_tokens=0'),
+    (dict(temperature=-1.0), 'temperature=-1.0'),
+    (dict(temperature=float('nan')), 'temperature=nan'),
+    (dict(top_k=0), 'top_k=0'),
+    (dict(top_p=0.0), 'top_p=0.0'),
+    (dict(top_p=1.5), 'top_p=1.5'),
+    (dict(new=4, slots=4), '4 slots for 1 rows.* at least 5 for 1'),
+    (dict(mask=np.zeros((1, 2), bool)), 'no real token'),
+    (dict(mask=np.ones((2, 2), bool)), r'mask \(2, 2\)'),
+  ],
 )
 def test_bad_arguments_raise(kwargs, message):
   with pytest.raises(ValueError, match=message):
@@ -292,11 +288,11 @@ def test_a_cache_that_is_in_use_raises():
   prompts = jnp.ones((1, 2), jnp.int32)
   with pytest.raises(ValueError, match='holds 2 tokens'):
     generate(
-        model.apply,
-        params,
-        prompts,
-        prompts > 0,
-        key=jax.random.key(0),
-        max_new_tokens=2,
-        cache=cache,
+      model.apply,
+      params,
+      prompts,
+      prompts > 0,
+      key=jax.random.key(0),
+      max_new_tokens=2,
+      cache=cache,
     )

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 
 from idesign.models import (
-    CheckpointError,
-    DTypePolicy,
-    MLPConfig,
-    TransformerConfig,
-    load_pretrained,
-    mlp,
-    save_pretrained,
-    transformer,
+  CheckpointError,
+  DTypePolicy,
+  MLPConfig,
+  TransformerConfig,
+  load_pretrained,
+  mlp,
+  save_pretrained,
+  transformer,
 )
 from idesign.models import hf_files
 from idesign.models.hf_config import parse_config, write_config
 
 TINY = TransformerConfig(
-    vocab_size=7, d_model=8, n_layers=2, n_heads=2, d_ff=12, n_kv_heads=1
+  vocab_size=7, d_model=8, n_layers=2, n_heads=2, d_ff=12, n_kv_heads=1
 )
 INDEX = 'model.safetensors.index.json'
 
@@ -56,9 +56,9 @@ def edit_tensor(folder, name, change):
   path = folder / index['weight_map'][name]
   with hf_files.TensorReader() as reader:
     tensors = {
-        info.name: reader.read(info)
-        for info in hf_files.list_tensors(folder)
-        if info.path == path
+      info.name: reader.read(info)
+      for info in hf_files.list_tensors(folder)
+      if info.path == path
     }
   changed = change(tensors.pop(name))
   hf_files.write_shard(path, tensors | changed)
@@ -71,24 +71,24 @@ Q = 'model.layers.1.self_attn.q_proj.weight'
 
 
 @pytest.mark.parametrize(
-    'change,message',
-    [
-        (lambda t: {}, f'lacks 1 of .*{Q.removeprefix("model.")}'),
-        (lambda t: {Q: t, 'model.oddity': t}, 'safetensors has .*model.oddity'),
-        (
-            lambda t: {Q: t, Q.replace('weight', 'bias'): t[0]},
-            'does not account.*q_proj.bias',
-        ),
-        (
-            lambda t: {Q: t[:, :-1]},
-            rf'{Q} in .*safetensors has shape \(8, 7\).* \(8, 8\)',
-        ),
-        (lambda t: {Q: t.astype(np.int8)}, f'{Q} in .* is I8'),
-        (lambda t: {Q: t, Q.removeprefix('model.'): t}, 'q_proj.weight twice'),
-    ],
+  'change,message',
+  [
+    (lambda t: {}, f'lacks 1 of .*{Q.removeprefix("model.")}'),
+    (lambda t: {Q: t, 'model.oddity': t}, 'safetensors has .*model.oddity'),
+    (
+      lambda t: {Q: t, Q.replace('weight', 'bias'): t[0]},
+      'does not account.*q_proj.bias',
+    ),
+    (
+      lambda t: {Q: t[:, :-1]},
+      rf'{Q} in .*safetensors has shape \(8, 7\).* \(8, 8\)',
+    ),
+    (lambda t: {Q: t.astype(np.int8)}, f'{Q} in .* is I8'),
+    (lambda t: {Q: t, Q.removeprefix('model.'): t}, 'q_proj.weight twice'),
+  ],
 )
 def test_headers_are_checked_before_any_tensor_is_read(
-    folder, monkeypatch, change, message
+  folder, monkeypatch, change, message
 ):
   edit_tensor(folder, Q, change)
 
@@ -104,7 +104,7 @@ def test_headers_are_checked_before_any_tensor_is_read(
 def test_tensors_that_are_not_finite_raise(folder, value):
   edit_tensor(folder, Q, lambda t: {Q: np.where(np.eye(8) > 0, value, t)})
   with pytest.raises(
-      CheckpointError, match=f'{Q} in .*safetensors has 8 of 64 .*NaN'
+    CheckpointError, match=f'{Q} in .*safetensors has 8 of 64 .*NaN'
   ):
     load_pretrained(folder)
 
@@ -127,49 +127,45 @@ def _truncate(path):
 
 
 @pytest.mark.parametrize(
-    'damage,message',
-    [
-        (lambda f: (f / 'config.json').unlink(), 'config.json does not exist'),
-        (lambda f: _truncate(f / 'config.json'), 'config.json is not valid J'),
-        (lambda f: (f / 'config.json').write_text('[]'), 'holds a list'),
-        (lambda f: (f / INDEX).unlink(), 'has neither model.safetensors nor'),
-        (lambda f: _truncate(f / INDEX), 'is not an index'),
-        (lambda f: (f / INDEX).write_text('{}'), 'is not an index'),
-        (
-            lambda f: next(f.glob('model-00002*')).unlink(),
-            'model-00002.* does not exist, though .*index.json names it',
-        ),
-        (
-            lambda f: _truncate(next(f.glob('model-00002*'))),
-            'model-00002.*safetensors is truncated',
-        ),
-        (
-            lambda f: next(f.glob('model-00002*')).write_bytes(b''),
-            'model-00002.*safetensors is truncated',
-        ),
-        (
-            lambda f: edit_json(
-                f / INDEX, lambda i: i['weight_map'].pop(Q) and None
-            ),
-            None,
-        ),
-        (
-            lambda f: edit_json(
-                f / INDEX,
-                lambda i: i['weight_map'].update(ghost='model-00001-of-'),
-            ),
-            'does not exist',
-        ),
-        (
-            lambda f: edit_json(
-                f / INDEX,
-                lambda i: i['weight_map'].update(
-                    {'ghost': i['weight_map'][Q]}
-                ),
-            ),
-            'has no ghost',
-        ),
-    ],
+  'damage,message',
+  [
+    (lambda f: (f / 'config.json').unlink(), 'config.json does not exist'),
+    (lambda f: _truncate(f / 'config.json'), 'config.json is not valid J'),
+    (lambda f: (f / 'config.json').write_text('[]'), 'holds a list'),
+    (lambda f: (f / INDEX).unlink(), 'has neither model.safetensors nor'),
+    (lambda f: _truncate(f / INDEX), 'is not an index'),
+    (lambda f: (f / INDEX).write_text('{}'), 'is not an index'),
+    (
+      lambda f: next(f.glob('model-00002*')).unlink(),
+      'model-00002.* does not exist, though .*index.json names it',
+    ),
+    (
+      lambda f: _truncate(next(f.glob('model-00002*'))),
+      'model-00002.*safetensors is truncated',
+    ),
+    (
+      lambda f: next(f.glob('model-00002*')).write_bytes(b''),
+      'model-00002.*safetensors is truncated',
+    ),
+    (
+      lambda f: edit_json(f / INDEX, lambda i: i['weight_map'].pop(Q) and None),
+      None,
+    ),
+    (
+      lambda f: edit_json(
+        f / INDEX,
+        lambda i: i['weight_map'].update(ghost='model-00001-of-'),
+      ),
+      'does not exist',
+    ),
+    (
+      lambda f: edit_json(
+        f / INDEX,
+        lambda i: i['weight_map'].update({'ghost': i['weight_map'][Q]}),
+      ),
+      'has no ghost',
+    ),
+  ],
 )
 def test_damaged_folders_raise(folder, damage, message):
   damage(folder)
@@ -197,84 +193,82 @@ def test_a_tied_head_must_be_the_embedding(tmp_path, offset):
 
 
 LLAMA = write_config(TINY)[1]
-GPT2 = dict(
-    model_type='gpt2', vocab_size=7, n_embd=8, n_layer=1, n_head=2
-)
+GPT2 = dict(model_type='gpt2', vocab_size=7, n_embd=8, n_layer=1, n_head=2)
 QWEN = dict(LLAMA, model_type='qwen2', architectures=None)
 NEOX = dict(
-    model_type='gpt_neox',
-    vocab_size=7,
-    hidden_size=16,
-    intermediate_size=12,
-    num_hidden_layers=1,
-    num_attention_heads=2,
+  model_type='gpt_neox',
+  vocab_size=7,
+  hidden_size=16,
+  intermediate_size=12,
+  num_hidden_layers=1,
+  num_attention_heads=2,
 )
 
 
 @pytest.mark.parametrize(
-    'raw,message',
-    [
-        (dict(LLAMA, model_type='mamba'), "'mamba' is not supported.*'gpt2'"),
-        ({}, 'model_type=None'),
-        (dict(LLAMA, architectures=['LlamaForX']), 'LlamaForX is not supp'),
-        (dict(LLAMA, hidden_size=None), "has no 'hidden_size'"),
-        (dict(LLAMA, hidden_act='mish'), "hidden_act='mish'"),
-        (dict(LLAMA, num_key_value_heads=3), 'n_kv_heads=3'),
-        (dict(LLAMA, num_attention_heads='2'), 'src'),
-        (dict(LLAMA, quantization_config={'bits': 4}), 'quantization_config'),
-        (dict(LLAMA, sliding_window=8), 'sliding_window=8'),
-        (dict(LLAMA, partial_rotary_factor=0.5), 'partial_rotary_factor=0.5'),
-        (
-            dict(LLAMA, rope_parameters={'rope_type': 'yarn', 'factor': 2}),
-            "rope_type='yarn' is not supported",
-        ),
-        (
-            dict(LLAMA, rope_parameters=None, rope_scaling={'type': 'linear'}),
-            "rope_type='linear' is not supported",
-        ),
-        (
-            dict(LLAMA, rope_scaling={'rope_type': 'llama3', 'factor': 2.0}),
-            'disagree on rope_type',
-        ),
-        (
-            dict(LLAMA, rope_parameters={'rope_type': 'llama3', 'factor': 2.0}),
-            "llama3 rope needs.*'low_freq_factor'",
-        ),
-        (
-            dict(LLAMA, rope_parameters={'mrope_section': [1]}),
-            'rope mrope_section',
-        ),
-        (
-            dict(LLAMA, rope_parameters={'full_attention': {}}),
-            'rope_parameters.full_attention',
-        ),
-        (dict(QWEN, num_key_value_heads=None), 'num_key_value_heads'),
-        (dict(QWEN, layer_types=['sliding_attention'] * 2), 'use_sliding_win'),
-        (
-            dict(
-                QWEN,
-                use_sliding_window=True,
-                layer_types=['chunked_attention'] * 2,
-            ),
-            'chunked_attention',
-        ),
-        (
-            dict(
-                QWEN,
-                use_sliding_window=True,
-                layer_types=['sliding_attention'],
-                sliding_window=3,
-            ),
-            'sliding_window has 1 entries for n_layers=2',
-        ),
-        (dict(GPT2, scale_attn_by_inverse_layer_idx=True), 'inverse_layer_idx'),
-        (dict(GPT2, reorder_and_upcast_attn=True), 'reorder_and_upcast_attn'),
-        (dict(GPT2, scale_attn_weights=False), 'scale_attn_weights=False'),
-        (dict(GPT2, add_cross_attention=True), 'add_cross_attention'),
-        (dict(GPT2, pruned_heads={'0': [1]}), 'pruned_heads'),
-        (dict(GPT2, n_head=3), 'd_model=8 is not a multiple of n_heads=3'),
-        (dict(NEOX, rotary_pct=0.4), 'rotates 3 features'),
-    ],
+  'raw,message',
+  [
+    (dict(LLAMA, model_type='mamba'), "'mamba' is not supported.*'gpt2'"),
+    ({}, 'model_type=None'),
+    (dict(LLAMA, architectures=['LlamaForX']), 'LlamaForX is not supp'),
+    (dict(LLAMA, hidden_size=None), "has no 'hidden_size'"),
+    (dict(LLAMA, hidden_act='mish'), "hidden_act='mish'"),
+    (dict(LLAMA, num_key_value_heads=3), 'n_kv_heads=3'),
+    (dict(LLAMA, num_attention_heads='2'), 'src'),
+    (dict(LLAMA, quantization_config={'bits': 4}), 'quantization_config'),
+    (dict(LLAMA, sliding_window=8), 'sliding_window=8'),
+    (dict(LLAMA, partial_rotary_factor=0.5), 'partial_rotary_factor=0.5'),
+    (
+      dict(LLAMA, rope_parameters={'rope_type': 'yarn', 'factor': 2}),
+      "rope_type='yarn' is not supported",
+    ),
+    (
+      dict(LLAMA, rope_parameters=None, rope_scaling={'type': 'linear'}),
+      "rope_type='linear' is not supported",
+    ),
+    (
+      dict(LLAMA, rope_scaling={'rope_type': 'llama3', 'factor': 2.0}),
+      'disagree on rope_type',
+    ),
+    (
+      dict(LLAMA, rope_parameters={'rope_type': 'llama3', 'factor': 2.0}),
+      "llama3 rope needs.*'low_freq_factor'",
+    ),
+    (
+      dict(LLAMA, rope_parameters={'mrope_section': [1]}),
+      'rope mrope_section',
+    ),
+    (
+      dict(LLAMA, rope_parameters={'full_attention': {}}),
+      'rope_parameters.full_attention',
+    ),
+    (dict(QWEN, num_key_value_heads=None), 'num_key_value_heads'),
+    (dict(QWEN, layer_types=['sliding_attention'] * 2), 'use_sliding_win'),
+    (
+      dict(
+        QWEN,
+        use_sliding_window=True,
+        layer_types=['chunked_attention'] * 2,
+      ),
+      'chunked_attention',
+    ),
+    (
+      dict(
+        QWEN,
+        use_sliding_window=True,
+        layer_types=['sliding_attention'],
+        sliding_window=3,
+      ),
+      'sliding_window has 1 entries for n_layers=2',
+    ),
+    (dict(GPT2, scale_attn_by_inverse_layer_idx=True), 'inverse_layer_idx'),
+    (dict(GPT2, reorder_and_upcast_attn=True), 'reorder_and_upcast_attn'),
+    (dict(GPT2, scale_attn_weights=False), 'scale_attn_weights=False'),
+    (dict(GPT2, add_cross_attention=True), 'add_cross_attention'),
+    (dict(GPT2, pruned_heads={'0': [1]}), 'pruned_heads'),
+    (dict(GPT2, n_head=3), 'd_model=8 is not a multiple of n_heads=3'),
+    (dict(NEOX, rotary_pct=0.4), 'rotates 3 features'),
+  ],
 )
 def test_configs_that_are_not_supported_raise(raw, message):
   with pytest.raises(CheckpointError, match=message) as raised:
@@ -288,13 +282,13 @@ def test_the_configs_above_are_good_without_the_fault(raw):
 
 
 @pytest.mark.parametrize(
-    'change,message',
-    [
-        (dict(attn_softcap=5.0), 'llama cannot express attn_softcap'),
-        (dict(sliding_window=(2, 3)), 'cannot express'),
-        (dict(norm='layer'), 'llama cannot express norm'),
-        (dict(mlp_bias=True, qk_norm='head'), 'qwen3 cannot express mlp_bias'),
-    ],
+  'change,message',
+  [
+    (dict(attn_softcap=5.0), 'llama cannot express attn_softcap'),
+    (dict(sliding_window=(2, 3)), 'cannot express'),
+    (dict(norm='layer'), 'llama cannot express norm'),
+    (dict(mlp_bias=True, qk_norm='head'), 'qwen3 cannot express mlp_bias'),
+  ],
 )
 def test_models_no_family_computes_are_not_exported(tmp_path, change, message):
   model = transformer(dataclasses.replace(TINY, **change))
@@ -337,18 +331,18 @@ def test_failed_exports_leave_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'change,message',
-    [
-        (lambda p: p.pop('lm_head'), 'disagree on lm_head/kernel'),
-        (lambda p: p.update(extra=jnp.ones(2)), 'disagree on extra'),
-        (
-            lambda p: p.update(final_norm={'scale': jnp.ones(3)}),
-            r'final_norm/scale has shape \(3,\)',
-        ),
-    ],
+  'change,message',
+  [
+    (lambda p: p.pop('lm_head'), 'disagree on lm_head/kernel'),
+    (lambda p: p.update(extra=jnp.ones(2)), 'disagree on extra'),
+    (
+      lambda p: p.update(final_norm={'scale': jnp.ones(3)}),
+      r'final_norm/scale has shape \(3,\)',
+    ),
+  ],
 )
 def test_parameters_of_another_model_are_not_exported(
-    tmp_path, change, message
+  tmp_path, change, message
 ):
   model = transformer(TINY)
   params = some_params(model)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from idesign.models import (
-    DTypePolicy,
-    generate,
-    init_cache,
-    load_pretrained,
-    transformer,
+  DTypePolicy,
+  generate,
+  init_cache,
+  load_pretrained,
+  transformer,
 )
 from tests.models import hf_cases
 from tests.models.hf_cases import CASES
@@ -64,18 +64,18 @@ def _rope(config, **changes):
 
 
 @pytest.mark.parametrize(
-    'case,change',
-    [
-        ('llama-rope', lambda c: _rope(c, scaling=None)),
-        ('llama', lambda c: _rope(c, theta=5e3)),
-        ('llama', lambda c: dict(activation='gelu')),
-        ('olmo2', lambda c: dict(norm_eps=1e-5)),
-        ('qwen2-window', lambda c: dict(sliding_window=None)),
-        ('qwen3-window', lambda c: dict(sliding_window=hf_cases.WINDOW)),
-        ('gpt2', lambda c: dict(activation='gelu')),
-        ('neox', lambda c: dict(parallel_residual=False)),
-        ('neox-serial', lambda c: _rope(c, fraction=1.0)),
-    ],
+  'case,change',
+  [
+    ('llama-rope', lambda c: _rope(c, scaling=None)),
+    ('llama', lambda c: _rope(c, theta=5e3)),
+    ('llama', lambda c: dict(activation='gelu')),
+    ('olmo2', lambda c: dict(norm_eps=1e-5)),
+    ('qwen2-window', lambda c: dict(sliding_window=None)),
+    ('qwen3-window', lambda c: dict(sliding_window=hf_cases.WINDOW)),
+    ('gpt2', lambda c: dict(activation='gelu')),
+    ('neox', lambda c: dict(parallel_residual=False)),
+    ('neox-serial', lambda c: _rope(c, fraction=1.0)),
+  ],
 )
 def test_every_setting_matters(case, change):
   model, params, _ = hf_cases.ours(case)
@@ -95,8 +95,8 @@ def test_positions_matter(case):
 
 
 @pytest.mark.parametrize(
-    'case',
-    ['llama', 'olmo2', 'qwen3-window', 'gpt2', 'neox'],
+  'case',
+  ['llama', 'olmo2', 'qwen3-window', 'gpt2', 'neox'],
 )
 def test_greedy_generation_is_that_of_transformers(case):
   import torch
@@ -105,22 +105,22 @@ def test_greedy_generation_is_that_of_transformers(case):
   tokens, mask = hf_cases.batch('left', seed=3)
   prompt, new = hf_cases.LENGTH - 8, 8
   cached = generate(
-      model.apply,
-      params,
-      tokens[:, :prompt],
-      mask[:, :prompt],
-      key=jax.random.key(0),
-      max_new_tokens=new,
-      cache=init_cache(model.config, 3, hf_cases.LENGTH),
-      temperature=0.0,
+    model.apply,
+    params,
+    tokens[:, :prompt],
+    mask[:, :prompt],
+    key=jax.random.key(0),
+    max_new_tokens=new,
+    cache=init_cache(model.config, 3, hf_cases.LENGTH),
+    temperature=0.0,
   ).tokens_BN
   with torch.no_grad():
     theirs = hf_cases.torch_model(case).generate(
-        torch.tensor(tokens[:, :prompt]),
-        attention_mask=torch.tensor(mask[:, :prompt].astype(np.int64)),
-        do_sample=False,
-        max_new_tokens=new,
-        pad_token_id=0,
+      torch.tensor(tokens[:, :prompt]),
+      attention_mask=torch.tensor(mask[:, :prompt].astype(np.int64)),
+      do_sample=False,
+      max_new_tokens=new,
+      pad_token_id=0,
     )
   np.testing.assert_array_equal(cached, theirs[:, prompt:].numpy())
   # Without a cache: the whole sequence again for every token.
@@ -141,7 +141,7 @@ def test_bfloat16_computation_is_as_close_as_that_of_transformers():
   dtypes = DTypePolicy(param=jnp.bfloat16, compute=jnp.bfloat16)
   model, params = load_pretrained(folder, dtypes=dtypes)
   theirs = type(hf_cases.torch_model('llama')).from_pretrained(
-      folder, dtype=torch.bfloat16
+    folder, dtype=torch.bfloat16
   )
   their_error = np.abs(hf_cases.torch_logits(theirs, tokens, mask) - exact)
   our_error = np.abs(np.asarray(jax.jit(model.apply)(params, tokens)) - exact)
@@ -168,12 +168,12 @@ def _qwen_4(config):
 
 
 @pytest.mark.parametrize(
-    'case,change',
-    [
-        ('llama-rope', _llama_4),
-        ('neox-serial', _neox_4),
-        ('qwen2-window', _qwen_4),
-    ],
+  'case,change',
+  [
+    ('llama-rope', _llama_4),
+    ('neox-serial', _neox_4),
+    ('qwen2-window', _qwen_4),
+  ],
 )
 def test_configs_of_transformers_4_are_read(case, change, tmp_path):
   model, _ = load_pretrained(hf_cases.rewritten(case, tmp_path / 'old', change))
@@ -182,7 +182,7 @@ def test_configs_of_transformers_4_are_read(case, change, tmp_path):
 
 def _bare(prefix):
   return lambda tensors: {
-      name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+    name.removeprefix(prefix): tensor for name, tensor in tensors.items()
   }
 
 
@@ -210,15 +210,15 @@ def _tied_head(tensors):
 
 
 @pytest.mark.parametrize(
-    'case,change',
-    [
-        ('llama-tied', _bare('model.')),
-        ('gpt2', _bare('transformer.')),
-        ('neox', _bare('gpt_neox.')),
-        ('gpt2', _gpt2_buffers),
-        ('neox', _neox_buffers),
-        ('llama-tied', _tied_head),
-    ],
+  'case,change',
+  [
+    ('llama-tied', _bare('model.')),
+    ('gpt2', _bare('transformer.')),
+    ('neox', _bare('gpt_neox.')),
+    ('gpt2', _gpt2_buffers),
+    ('neox', _neox_buffers),
+    ('llama-tied', _tied_head),
+  ],
 )
 def test_other_spellings_of_a_checkpoint_are_read(case, change, tmp_path):
   folder = hf_cases.rewritten(case, tmp_path / 'other', change_tensors=change)
@@ -228,16 +228,16 @@ def test_other_spellings_of_a_checkpoint_are_read(case, change, tmp_path):
 
 def test_parameters_arrive_sharded():
   mesh = jax.make_mesh(
-      (2, 4), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    (2, 4), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2
   )
   model, params, _ = hf_cases.ours('llama-tied')
   # Kernels: what a projection makes goes over `model`, and back.
   specs = {
-      'q/kernel': (None, None, 'model'),
-      'up/kernel': (None, None, 'model'),
-      'down/kernel': (None, 'model', None),
-      'o/kernel': (None, 'model', 'data'),
-      'k/kernel': (None, 'data', None),
+    'q/kernel': (None, None, 'model'),
+    'up/kernel': (None, None, 'model'),
+    'down/kernel': (None, 'model', None),
+    'o/kernel': (None, 'model', 'data'),
+    'k/kernel': (None, 'data', None),
   }
 
   def shardings(path):
@@ -252,7 +252,7 @@ def test_parameters_arrive_sharded():
   kernel = sharded['blocks']['attn']['o']['kernel']
   assert kernel.addressable_shards[0].data.shape == (3, 32 // 4, 32 // 2)
   as_tree = jax.tree_util.tree_map_with_path(
-      lambda p, _: shardings('/'.join(k.key for k in p)), params
+    lambda p, _: shardings('/'.join(k.key for k in p)), params
   )
   _, from_tree = load_pretrained(folder, shardings=as_tree)
   assert jax.tree.map(lambda a: a.sharding, from_tree) == as_tree
@@ -267,7 +267,7 @@ def test_bad_shardings_raise_before_reading():
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
   with pytest.raises(ValueError, match='sharding of .*blocks/.*'):
     load_pretrained(
-        folder, shardings=lambda p: sharding if 'blocks' in p else None
+      folder, shardings=lambda p: sharding if 'blocks' in p else None
     )
   with pytest.raises(ValueError, match='no entry for blocks/attn/k/kernel'):
     load_pretrained(folder, shardings={'embed': {'embedding': sharding}})

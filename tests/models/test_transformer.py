@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from idesign.models import (
-    DTypePolicy,
-    RopeConfig,
-    TransformerConfig,
-    init_cache,
-    transformer,
+  DTypePolicy,
+  RopeConfig,
+  TransformerConfig,
+  init_cache,
+  transformer,
 )
 
 EPS = float(np.finfo(np.float32).eps)
@@ -21,27 +21,27 @@ EPS = float(np.finfo(np.float32).eps)
 TOLERANCE = 64 * EPS
 
 BASE = TransformerConfig(
-    vocab_size=13,
-    d_model=12,
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=6,
-    d_ff=10,
-    max_len=16,
+  vocab_size=13,
+  d_model=12,
+  n_layers=3,
+  n_heads=4,
+  n_kv_heads=2,
+  head_dim=6,
+  d_ff=10,
+  max_len=16,
 )
 VARIANTS = {
-    'plain': {},
-    'post-parallel': dict(norm_position='post', parallel_residual=True),
-    'layer-norm-gated': dict(norm='layer', mlp_bias=True, activation='gelu'),
-    'learned': dict(rope=None, gated=False, activation='relu', qkv_bias=True),
-    'softcaps': dict(attn_softcap=0.5, logit_softcap=0.7),
-    'windows': dict(sliding_window=(2, None, 4), qk_norm='head'),
-    'partial': dict(rope=RopeConfig(theta=50.0, fraction=0.67)),
-    'wide-norm': dict(qk_norm='width', attn_out_bias=True, norm_eps=1e-2),
-    'tied-multi-query': dict(
-        tie_embeddings=True, n_kv_heads=1, activation='gelu_tanh', gated=False
-    ),
+  'plain': {},
+  'post-parallel': dict(norm_position='post', parallel_residual=True),
+  'layer-norm-gated': dict(norm='layer', mlp_bias=True, activation='gelu'),
+  'learned': dict(rope=None, gated=False, activation='relu', qkv_bias=True),
+  'softcaps': dict(attn_softcap=0.5, logit_softcap=0.7),
+  'windows': dict(sliding_window=(2, None, 4), qk_norm='head'),
+  'partial': dict(rope=RopeConfig(theta=50.0, fraction=0.67)),
+  'wide-norm': dict(qk_norm='width', attn_out_bias=True, norm_eps=1e-2),
+  'tied-multi-query': dict(
+    tie_embeddings=True, n_kv_heads=1, activation='gelu_tanh', gated=False
+  ),
 }
 
 
@@ -51,8 +51,8 @@ def build(name):
   model = transformer(dataclasses.replace(BASE, **VARIANTS[name]))
   rng = np.random.default_rng(2)
   return model, jax.tree.map(
-      lambda a: jnp.asarray(0.4 * rng.normal(size=a.shape), a.dtype),
-      jax.eval_shape(model.init, jax.random.key(0)),
+    lambda a: jnp.asarray(0.4 * rng.normal(size=a.shape), a.dtype),
+    jax.eval_shape(model.init, jax.random.key(0)),
   )
 
 
@@ -76,12 +76,12 @@ def plain_decoder(config, params, tokens, mask):
 
   p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
   act = {
-      'silu': lambda h: h / (1 + np.exp(-h)),
-      'relu': lambda h: np.maximum(h, 0),
-      'gelu': lambda h: h * (1 + erf(h / np.sqrt(2))) / 2,
-      'gelu_tanh': lambda h: h
-      * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
-      / 2,
+    'silu': lambda h: h / (1 + np.exp(-h)),
+    'relu': lambda h: np.maximum(h, 0),
+    'gelu': lambda h: h * (1 + erf(h / np.sqrt(2))) / 2,
+    'gelu_tanh': lambda h: (
+      h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3))) / 2
+    ),
   }[config.activation]
 
   def norm(x, w, kind=config.norm):
@@ -116,10 +116,9 @@ def plain_decoder(config, params, tokens, mask):
     out = np.zeros_like(q)
     for t in range(len(x)):
       seen = [
-          s
-          for s in range(t + 1)
-          if mask[s]
-          and (window is None or positions[t] - positions[s] < window)
+        s
+        for s in range(t + 1)
+        if mask[s] and (window is None or positions[t] - positions[s] < window)
       ]
       for head in range(config.n_heads if seen else 0):
         shared = head * config.n_kv_heads // config.n_heads
@@ -163,14 +162,14 @@ def test_logits_are_those_of_a_plain_decoder(name):
   got = compiled(name)(params, tokens, mask)
   for row in range(len(tokens)):
     expected = plain_decoder(
-        model.config, params, np.asarray(tokens[row]), np.asarray(mask[row])
+      model.config, params, np.asarray(tokens[row]), np.asarray(mask[row])
     )
     # At padding too: there it sees the tokens before it, or gets zeros.
     np.testing.assert_allclose(
-        got[row],
-        expected,
-        rtol=0,
-        atol=TOLERANCE * np.abs(expected).max(),
+      got[row],
+      expected,
+      rtol=0,
+      atol=TOLERANCE * np.abs(expected).max(),
     )
 
 
@@ -183,18 +182,18 @@ def test_a_cache_changes_nothing(name):
   cache, parts = init_cache(model.config, 3, 11), []
   for start, stop in ((0, 3), (3, 6), (6, 9)):
     logits, cache = apply(
-        params,
-        tokens[:, start:stop],
-        mask_BT=mask[:, start:stop],
-        cache=cache,
+      params,
+      tokens[:, start:stop],
+      mask_BT=mask[:, start:stop],
+      cache=cache,
     )
     parts.append(logits)
   assert int(cache.length) == 9
   np.testing.assert_allclose(
-      jnp.concatenate(parts, axis=1)[mask],
-      whole[mask],
-      rtol=0,
-      atol=TOLERANCE * float(jnp.abs(whole).max()),
+    jnp.concatenate(parts, axis=1)[mask],
+    whole[mask],
+    rtol=0,
+    atol=TOLERANCE * float(jnp.abs(whole).max()),
   )
 
 
@@ -209,8 +208,8 @@ def test_padding_is_never_seen(name):
   # Nor is what comes later.
   later = tokens.at[:, 5:].set(0)
   np.testing.assert_array_equal(
-      apply(params, later, mask)[:, :5][mask[:, :5]],
-      logits[:, :5][mask[:, :5]],
+    apply(params, later, mask)[:, :5][mask[:, :5]],
+    logits[:, :5][mask[:, :5]],
   )
 
 
@@ -235,15 +234,15 @@ def test_rematerialisation_changes_no_gradient():
   again = transformer(dataclasses.replace(model.config, remat=True))
   tokens, _ = inputs()
   gradient = [
-      jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(m.apply(p, tokens)))))(params)
-      for m in (model, again)
+    jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(m.apply(p, tokens)))))(params)
+    for m in (model, again)
   ]
   largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient[0]))
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(
-          a, b, rtol=0, atol=TOLERANCE * largest
-      ),
-      *gradient,
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=0, atol=TOLERANCE * largest
+    ),
+    *gradient,
   )
   text = str(jax.make_jaxpr(again.apply)(params, tokens))
   assert 'remat' in text or 'checkpoint' in text
@@ -286,9 +285,9 @@ def test_dtypes_are_those_of_the_policy(name, compute):
     params = jax.eval_shape(model.init, jax.random.key(0))
     cache = init_cache(config, 3, 9)
     logits, cache = jax.eval_shape(
-        lambda p, c: model.apply(p, tokens, mask_BT=mask, cache=c),
-        params,
-        cache,
+      lambda p, c: model.apply(p, tokens, mask_BT=mask, cache=c),
+      params,
+      cache,
     )
   assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(params))
   assert cache.k_LBSKH.dtype == compute
@@ -305,7 +304,7 @@ def test_initial_scale_is_even_across_depth():
   np.testing.assert_allclose(q.std(axis=(1, 2)), 64**-0.5, rtol=0.1)
   down = params['blocks']['mlp']['down']['kernel']
   np.testing.assert_allclose(
-      down.std(axis=(1, 2)), (128 * 2 * 6) ** -0.5, rtol=0.1
+    down.std(axis=(1, 2)), (128 * 2 * 6) ** -0.5, rtol=0.1
   )
   logits = jax.jit(model.apply)(params, jnp.arange(13)[None])
   assert 0.5 < float(logits.std()) < 2
@@ -322,7 +321,7 @@ def test_models_can_be_mapped_over():
   half = jax.tree.map(lambda a: 0.5 * a, params)
   alone = compiled('plain')(half, tokens, jnp.ones_like(mask))
   np.testing.assert_allclose(
-      mapped[1], alone, rtol=0, atol=TOLERANCE * float(jnp.abs(alone).max())
+    mapped[1], alone, rtol=0, atol=TOLERANCE * float(jnp.abs(alone).max())
   )
 
 
@@ -350,12 +349,12 @@ def test_an_overfull_cache_is_an_error_or_nan():
 
 
 @pytest.mark.parametrize(
-    'kwargs,message',
-    [
-        (dict(mask_BT=np.ones((3, 8), bool)), r'mask_BT is \(3, 8\)'),
-        (dict(positions_BT=np.ones((1, 9), int)), r'positions_BT is \(1, 9\)'),
-        (dict(cache=init_cache(BASE, 2, 16)), 'holds 2 sequences, tokens 3'),
-    ],
+  'kwargs,message',
+  [
+    (dict(mask_BT=np.ones((3, 8), bool)), r'mask_BT is \(3, 8\)'),
+    (dict(positions_BT=np.ones((1, 9), int)), r'positions_BT is \(1, 9\)'),
+    (dict(cache=init_cache(BASE, 2, 16)), 'holds 2 sequences, tokens 3'),
+  ],
 )
 def test_inputs_that_do_not_fit_raise(kwargs, message):
   model, params = build('plain')
@@ -372,21 +371,21 @@ def test_sequences_longer_than_learned_positions_raise():
 
 
 @pytest.mark.parametrize(
-    'change,message',
-    [
-        (dict(n_kv_heads=3), 'n_heads=4.*n_kv_heads=3'),
-        (dict(head_dim=3), 'head_dim=3'),
-        (dict(n_layers=0), 'n_layers=0'),
-        (dict(activation='tanh'), "'tanh'"),
-        (dict(norm='batch'), "'batch'"),
-        (dict(norm_position='both'), "'both'"),
-        (dict(qk_norm='all'), "'all'"),
-        (dict(sliding_window=0), 'sliding_window'),
-        (dict(sliding_window=(1, 2)), '2 entries for n_layers=3'),
-        (dict(attn_softcap=-1.0), 'attn_softcap=-1.0'),
-        (dict(logit_softcap=0.0), 'logit_softcap=0.0'),
-        (dict(d_model=13, head_dim=None), 'd_model=13.*n_heads=4'),
-    ],
+  'change,message',
+  [
+    (dict(n_kv_heads=3), 'n_heads=4.*n_kv_heads=3'),
+    (dict(head_dim=3), 'head_dim=3'),
+    (dict(n_layers=0), 'n_layers=0'),
+    (dict(activation='tanh'), "'tanh'"),
+    (dict(norm='batch'), "'batch'"),
+    (dict(norm_position='both'), "'both'"),
+    (dict(qk_norm='all'), "'all'"),
+    (dict(sliding_window=0), 'sliding_window'),
+    (dict(sliding_window=(1, 2)), '2 entries for n_layers=3'),
+    (dict(attn_softcap=-1.0), 'attn_softcap=-1.0'),
+    (dict(logit_softcap=0.0), 'logit_softcap=0.0'),
+    (dict(d_model=13, head_dim=None), 'd_model=13.*n_heads=4'),
+  ],
 )
 def test_bad_settings_raise(change, message):
   with pytest.raises(ValueError, match=message):

@@ -12,14 +12,14 @@ from idesign.models import ViTConfig, vit
 from idesign.models.vit import patchify
 
 CONFIG = ViTConfig(
-    d_model=16,
-    n_layers=2,
-    n_heads=2,
-    d_ff=24,
-    image_size=4,
-    patch_size=2,
-    channels=3,
-    num_classes=5,
+  d_model=16,
+  n_layers=2,
+  n_heads=2,
+  d_ff=24,
+  image_size=4,
+  patch_size=2,
+  channels=3,
+  num_classes=5,
 )
 
 
@@ -27,8 +27,8 @@ def build(config=CONFIG):
   model = vit(config)
   rng = np.random.default_rng(0)
   return model, jax.tree.map(
-      lambda a: jnp.asarray(0.3 * rng.normal(size=a.shape), a.dtype),
-      jax.eval_shape(model.init, jax.random.key(0)),
+    lambda a: jnp.asarray(0.3 * rng.normal(size=a.shape), a.dtype),
+    jax.eval_shape(model.init, jax.random.key(0)),
   )
 
 
@@ -39,12 +39,8 @@ def images(batch=3, size=4):
 def test_patches_are_cut_in_reading_order():
   x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
   expected = [
-      [
-          image[r : r + 2, c : c + 2].reshape(-1)
-          for r in (0, 2)
-          for c in (0, 2, 4)
-      ]
-      for image in x
+    [image[r : r + 2, c : c + 2].reshape(-1) for r in (0, 2) for c in (0, 2, 4)]
+    for image in x
   ]
   np.testing.assert_array_equal(patchify(jnp.asarray(x), 2), expected)
 
@@ -52,8 +48,8 @@ def test_patches_are_cut_in_reading_order():
 def test_parameters():
   _, params = build()
   shapes = {
-      '/'.join(k.key for k in path): leaf.shape
-      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    '/'.join(k.key for k in path): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
   assert shapes['patch/kernel'] == (12, 16)
   assert shapes['positions/embedding'] == (5, 16)
@@ -78,10 +74,10 @@ def test_without_positions_patches_have_no_order():
   same = {'embedding': table.at[1:].set(table[1])}
   unordered = params | {'positions': same}
   np.testing.assert_allclose(
-      apply(unordered, turned),
-      apply(unordered, x),
-      rtol=0,
-      atol=tolerance * float(jnp.abs(logits).max()),
+    apply(unordered, turned),
+    apply(unordered, x),
+    rtol=0,
+    atol=tolerance * float(jnp.abs(logits).max()),
   )
 
 
@@ -89,7 +85,7 @@ def test_every_patch_reaches_the_class_token():
   model, params = build()
   x = images()
   gradient = jax.jit(
-      jax.grad(lambda x: jnp.sum(jnp.sin(model.apply(params, x))))
+    jax.grad(lambda x: jnp.sum(jnp.sin(model.apply(params, x))))
   )(x)
   assert (jnp.abs(gradient) > 0).all()
 
@@ -101,7 +97,7 @@ def test_it_learns_four_images():
 
   def loss(params):
     return optax.softmax_cross_entropy_with_integer_labels(
-        model.apply(params, x), y
+      model.apply(params, x), y
     ).mean()
 
   def step(carry, _):
@@ -111,7 +107,7 @@ def test_it_learns_four_images():
     return (optax.apply_updates(params, updates), state), value
 
   _, losses = jax.jit(
-      lambda p: jax.lax.scan(step, (p, optimizer.init(p)), length=60)
+    lambda p: jax.lax.scan(step, (p, optimizer.init(p)), length=60)
   )(params)
   assert losses[0] > 1 and losses[-1] < 0.05
 
@@ -124,12 +120,12 @@ def test_names():
 
 
 @pytest.mark.parametrize(
-    'change,message',
-    [
-        (dict(patch_size=3), 'image_size=4.*patch_size=3'),
-        (dict(num_classes=0), 'num_classes=0'),
-        (dict(sliding_window=2), 'patches have no order'),
-    ],
+  'change,message',
+  [
+    (dict(patch_size=3), 'image_size=4.*patch_size=3'),
+    (dict(num_classes=0), 'num_classes=0'),
+    (dict(sliding_window=2), 'patches have no order'),
+  ],
 )
 def test_bad_settings_raise(change, message):
   with pytest.raises(ValueError, match=message):

@@ -42,11 +42,11 @@ def looped(w, x):
 
 
 MODELS = {
-    'loop': looped,
-    'scan': scanned,
-    'remat': functools.partial(scanned, wrap=jax.checkpoint),
-    'jit': functools.partial(scanned, wrap=jax.jit),
-    'jit of all': jax.jit(scanned),
+  'loop': looped,
+  'scan': scanned,
+  'remat': functools.partial(scanned, wrap=jax.checkpoint),
+  'jit': functools.partial(scanned, wrap=jax.jit),
+  'jit of all': jax.jit(scanned),
 }
 
 
@@ -167,11 +167,11 @@ def test_list_activations():
 
 def test_unknown_names_list_what_there_is():
   for wrap in (
-      lambda: sites.capture(scanned, ['resid']),
-      lambda: sites.edit(scanned, {'resid': lambda h: h}),
+    lambda: sites.capture(scanned, ['resid']),
+    lambda: sites.edit(scanned, {'resid': lambda h: h}),
   ):
     with pytest.raises(
-        sites.SelectionError, match="'resid'.*'final', 'out', 'post', 'pre'"
+      sites.SelectionError, match="'resid'.*'final', 'out', 'post', 'pre'"
     ):
       wrap()(params(), X)
   with pytest.raises(sites.SelectionError, match='the stack has 5'):

@@ -18,11 +18,11 @@ def trace(f, *args):
 
 
 @pytest.mark.parametrize(
-    'f, names',
-    [
-        (jax.jit(lambda x: x + 1), _jaxpr.CALLS),
-        (jax.checkpoint(lambda x: jnp.sin(x)), _jaxpr.REMATS),
-    ],
+  'f, names',
+  [
+    (jax.jit(lambda x: x + 1), _jaxpr.CALLS),
+    (jax.checkpoint(lambda x: jnp.sin(x)), _jaxpr.REMATS),
+  ],
 )
 def test_calls_and_remats_have_one_inner_jaxpr(f, names):
   (eqn,) = trace(f, X)
@@ -30,14 +30,14 @@ def test_calls_and_remats_have_one_inner_jaxpr(f, names):
   body, consts = _jaxpr.inner(eqn)
   assert len(body.invars) + len(consts) >= 1
   (out,), _ = _jaxpr.evaluate(
-      body, consts, [X], _jaxpr.Plan(), lambda *a: None, {}
+    body, consts, [X], _jaxpr.Plan(), lambda *a: None, {}
   )
   np.testing.assert_array_equal(out, f(X))
 
 
 def test_remat_parameters():
   f = jax.checkpoint(
-      jnp.sin, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable
+    jnp.sin, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable
   )
   (eqn,) = trace(f, X)
   assert eqn.params['prevent_cse'] is False
@@ -66,22 +66,24 @@ def test_scan_parts(num_consts, num_carry, num_xs, reverse):
 
 
 @pytest.mark.parametrize(
-    'f',
-    [
-        jax.nn.relu,  # custom_jvp_call
-        lambda x: jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x),
-        lambda x: jax.lax.while_loop(lambda h: h.sum() < 99, lambda h: h * 2, x),
-        lambda x: jax.lax.scan(lambda c, r: (c + r, c), x[0], x)[0],
-        lambda x: jnp.sort(x, axis=1),
-        lambda x: jax.lax.top_k(x, 2),
-        jnp.linalg.qr,
-        lambda x: jax.random.normal(jax.random.key(0), x.shape) + x,
-    ],
+  'f',
+  [
+    jax.nn.relu,  # custom_jvp_call
+    lambda x: jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x),
+    lambda x: jax.lax.while_loop(lambda h: h.sum() < 99, lambda h: h * 2, x),
+    lambda x: jax.lax.scan(lambda c, r: (c + r, c), x[0], x)[0],
+    lambda x: jnp.sort(x, axis=1),
+    lambda x: jax.lax.top_k(x, 2),
+    jnp.linalg.qr,
+    lambda x: jax.random.normal(jax.random.key(0), x.shape) + x,
+  ],
 )
 def test_everything_else_is_bound_as_it_stands(f):
   closed, tree = _jaxpr.trace(f, X)
   outs, found = _jaxpr.evaluate(
-      closed.jaxpr, closed.consts, [X], _jaxpr.Plan(), lambda *a: None, {}
+    closed.jaxpr, closed.consts, [X], _jaxpr.Plan(), lambda *a: None, {}
   )
   assert not found
-  jax.tree.map(np.testing.assert_array_equal, jax.tree.unflatten(tree, outs), f(X))
+  jax.tree.map(
+    np.testing.assert_array_equal, jax.tree.unflatten(tree, outs), f(X)
+  )

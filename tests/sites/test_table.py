@@ -1,4 +1,4 @@
-"""Per-example gradients at sites equal `vmap(grad)`, for every module system."""
+"""Per-example gradients equal `vmap(grad)`, for every module system."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def test_squared_norms(framework, name):
   dtype = jnp.bfloat16 if name == 'bf16' else jnp.float32
   expected = reference(case, batch)
   read = sites.collect(
-      case.loss, {'n': sites.per_example_squared_norm}, case.select
+    case.loss, {'n': sites.per_example_squared_norm}, case.select
   )
   actual = jax.jit(read)(case.params, batch).values['n']
   assert set(actual) == set(sites.match_paths(case.select, list(expected)))
@@ -63,9 +63,9 @@ def test_the_table_covers_what_it_says():
   batch = zoo.batch()
   for framework, build in zoo.FRAMEWORKS.items():
     found = {
-        name: sites.find_sites(case.loss, case.params, batch, case.select).sites
-        for name in zoo.CASES
-        for case in [build(name)]
+      name: sites.find_sites(case.loss, case.params, batch, case.select).sites
+      for name in zoo.CASES
+      for case in [build(name)]
     }
     assert all(s.stack == (zoo.L,) for n in ('scan', 'remat') for s in found[n])
     assert all(s.shared for s in found['tied']), framework

@@ -29,11 +29,11 @@ def normal(seed, *shape):
 
 def stack_params():
   return {
-      'first': normal(0, D, D) / D**0.5,
-      'blocks': {
-          'up': normal(1, L, D, F) / D**0.5,
-          'down': normal(2, L, F, D) / F**0.5,
-      },
+    'first': normal(0, D, D) / D**0.5,
+    'blocks': {
+      'up': normal(1, L, D, F) / D**0.5,
+      'down': normal(2, L, F, D) / F**0.5,
+    },
   }
 
 
@@ -104,8 +104,8 @@ def test_every_statistic_in_one_backward_pass():
   params = stack_params()
   names = ['blocks/up', 'blocks/down']
   inputs = {
-      s: {n: statistic_inputs(s, n) for n in names}
-      for s in ('direction_product', 'rotated_square')
+    s: {n: statistic_inputs(s, n) for n in names}
+    for s in ('direction_product', 'rotated_square')
   }
   statistics = {s: getattr(sites, s) for s in STATISTICS}
   read = jax.jit(sites.collect(stack_loss, statistics, 'blocks/.*'))
@@ -134,7 +134,7 @@ def test_ghost_and_direct_norms_agree_with_the_reference(positions):
 def test_losses_and_gradients_are_those_of_the_loss():
   params = stack_params()
   read = sites.collect(
-      stack_loss, {'a': sites.input_moment}, 'blocks/up', with_grads=True
+    stack_loss, {'a': sites.input_moment}, 'blocks/up', with_grads=True
   )
   out = jax.jit(read)(params, X)
   close(out.losses, stack_loss(params, X))
@@ -159,7 +159,7 @@ def test_layers_of_a_stack(layers, reverse):
 
   full = sites.vmap_grad(loss, params, X)['blocks']['up']
   read = sites.collect(
-      loss, {'g': sites.per_example_gradient}, f'blocks/up[{layers}]'
+    loss, {'g': sites.per_example_gradient}, f'blocks/up[{layers}]'
   )
   actual = jax.jit(read)(params, X).values['g']['blocks/up']
   start, stop = (int(s) if s else None for s in layers.split(':'))
@@ -203,7 +203,7 @@ def tied_loss(params, x):
 
 def sliced_loss(params, x):
   return jnp.sum(jnp.cos(x @ params['w'][:, :2]), (1, 2)) + jnp.sum(
-      jnp.sin(x @ params['w'][:, 2:]), (1, 2)
+    jnp.sin(x @ params['w'][:, 2:]), (1, 2)
   )
 
 
@@ -265,7 +265,7 @@ def test_the_example_axis_can_be_stated():
   time_major = lambda p, x: jnp.sum(jnp.cos(x @ p['w']), axis=(0, 2))
   x = jnp.moveaxis(X, 1, 0)
   read = sites.collect(
-      time_major, {'g': sites.per_example_gradient}, example_axis=1
+    time_major, {'g': sites.per_example_gradient}, example_axis=1
   )
   expected = jax.jacrev(time_major)(params, x)['w']
   close(read(params, x).values['g']['w'], expected)
@@ -274,9 +274,7 @@ def test_the_example_axis_can_be_stated():
 
 
 def test_inputs_of_a_statistic_are_checked():
-  read = sites.collect(
-      stack_loss, {'p': sites.direction_product}, 'blocks/up'
-  )
+  read = sites.collect(stack_loss, {'p': sites.direction_product}, 'blocks/up')
   with pytest.raises(ValueError, match="nothing for site 'blocks/up'"):
     read(stack_params(), X, inputs={'p': {'other': ()}})
   with pytest.raises(ValueError, match='leading axes must be the stack'):
@@ -320,7 +318,7 @@ def test_every_other_use_is_reported():
   with pytest.raises(sites.UnreadUseError, match='e in gather'):
     read(embedding_params(), tokens)
   reporting = sites.collect(
-      embedding_loss, {'a': sites.input_moment}, 'e', unread='report'
+    embedding_loss, {'a': sites.input_moment}, 'e', unread='report'
   )
   out = jax.jit(reporting)(embedding_params(), tokens)
   assert [(u.path, u.primitive) for u in out.unread] == [('e', 'gather')]
@@ -343,7 +341,7 @@ def custom_product(x, w):
 
 
 custom_product.defvjp(
-    lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g)
+  lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g)
 )
 
 
@@ -358,27 +356,25 @@ custom_tangent.defjvp(lambda p, t: (p[0] @ p[1], t[0] @ p[1] + p[0] @ t[1]))
 def _shard_map(p, x):
   mesh = jax.make_mesh((1,), ('i',), axis_types=(jax.sharding.AxisType.Auto,))
   f = jax.shard_map(
-      lambda w, x: x @ w, mesh=mesh, in_specs=jax.P(), out_specs=jax.P()
+    lambda w, x: x @ w, mesh=mesh, in_specs=jax.P(), out_specs=jax.P()
   )
   return f(p['w'], x)
 
 
 REFUSED = {
-    'cond': lambda p, x: jax.lax.cond(
-        x.sum() > 0, lambda: x @ p['w'], lambda: x
-    ),
-    'while': lambda p, x: jax.lax.while_loop(
-        lambda h: h.sum() < 0, lambda h: h @ p['w'], x
-    ),
-    'custom_vjp_call': lambda p, x: custom_product(x, p['w']),
-    'custom_jvp_call': lambda p, x: custom_tangent(x, p['w']),
-    'shard_map': _shard_map,
-    'scan': lambda p, x: jax.lax.scan(
-        lambda w, _: (w * 2, x @ w), p['w'], None, length=2
-    )[1][0],
-    'dot_general': lambda p, x: jnp.einsum(
-        'bi,bio->bo', x, p['w'].reshape(B, -1, D)
-    ),
+  'cond': lambda p, x: jax.lax.cond(x.sum() > 0, lambda: x @ p['w'], lambda: x),
+  'while': lambda p, x: jax.lax.while_loop(
+    lambda h: h.sum() < 0, lambda h: h @ p['w'], x
+  ),
+  'custom_vjp_call': lambda p, x: custom_product(x, p['w']),
+  'custom_jvp_call': lambda p, x: custom_tangent(x, p['w']),
+  'shard_map': _shard_map,
+  'scan': lambda p, x: jax.lax.scan(
+    lambda w, _: (w * 2, x @ w), p['w'], None, length=2
+  )[1][0],
+  'dot_general': lambda p, x: jnp.einsum(
+    'bi,bio->bo', x, p['w'].reshape(B, -1, D)
+  ),
 }
 
 
@@ -389,7 +385,7 @@ def test_unsupported_primitives_are_named(primitive):
   params = {'w': normal(1, B * width if width == 2 else D, D)}
   x = normal(2, B, width)
   with pytest.raises(
-      sites.UnsupportedUseError, match=rf"'w' reaches '{primitive}'.*vmap_grad"
+    sites.UnsupportedUseError, match=rf"'w' reaches '{primitive}'.*vmap_grad"
   ):
     sites.find_sites(loss, params, x)
 
@@ -464,20 +460,20 @@ def test_reading_again_does_not_compile_again():
 
 def test_the_same_on_a_mesh_of_eight_devices():
   mesh = jax.make_mesh(
-      (4, 2), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    (4, 2), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2
   )
   put = lambda x, *spec: jax.device_put(
-      x, jax.sharding.NamedSharding(mesh, jax.P(*spec))
+    x, jax.sharding.NamedSharding(mesh, jax.P(*spec))
   )
   params = stack_params() | {'blocks': {
       'up': normal(1, L, D, 8), 'down': normal(2, L, 8, D) / 3,
   }}  # fmt: skip
   sharded = {
-      'first': put(params['first']),
-      'blocks': {
-          'up': put(params['blocks']['up'], None, None, 'model'),
-          'down': put(params['blocks']['down'], None, 'model'),
-      },
+    'first': put(params['first']),
+    'blocks': {
+      'up': put(params['blocks']['up'], None, None, 'model'),
+      'down': put(params['blocks']['down'], None, 'model'),
+    },
   }
   statistics = {
       'g': sites.per_example_gradient, 'n': sites.per_example_squared_norm,

@@ -40,8 +40,8 @@ def _loss(forward):
 def _plain_init(key, out=F):
   up, down = jax.random.split(key)
   return {
-      'up': jax.random.normal(up, (D, out)) / D**0.5,
-      'down': jax.random.normal(down, (out, D)) / out**0.5,
+    'up': jax.random.normal(up, (D, out)) / D**0.5,
+    'down': jax.random.normal(down, (out, D)) / out**0.5,
   }
 
 
@@ -74,14 +74,14 @@ def plain(case):
     return jnp.moveaxis(p['down'].T @ z.swapaxes(1, 2), 1, 2)
 
   forward, params = {
-      'loop': (loop, layers),
-      'scan': (scan, stack),
-      'remat': (lambda p, h: scan(p, h, jax.checkpoint(_plain_block)), stack),
-      'jit': (jax.jit(_plain_block), one),
-      'tied': (lambda p, h: jnp.tanh(h @ p['up']) @ p['up'].T, one),
-      'left': (left, one),
-      'heads': (heads, one),
-      'bf16': (lambda p, h: _plain_block(p, h, jnp.bfloat16), one),
+    'loop': (loop, layers),
+    'scan': (scan, stack),
+    'remat': (lambda p, h: scan(p, h, jax.checkpoint(_plain_block)), stack),
+    'jit': (jax.jit(_plain_block), one),
+    'tied': (lambda p, h: jnp.tanh(h @ p['up']) @ p['up'].T, one),
+    'left': (left, one),
+    'heads': (heads, one),
+    'bf16': (lambda p, h: _plain_block(p, h, jnp.bfloat16), one),
   }[case]
   if case == 'tied':
     params = {'up': one['up']}
@@ -108,10 +108,10 @@ class _LinenStack(nn.Module):
   def __call__(self, h):
     block = nn.remat(_LinenBlock) if self.remat else _LinenBlock
     stack = nn.scan(
-        block,
-        variable_axes={'params': 0},
-        split_rngs={'params': True},
-        length=L,
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      length=L,
     )
     return stack(name='blocks')(h, jnp.zeros(L))[0]
 
@@ -129,7 +129,6 @@ class _LinenLoop(nn.Module):
 
 
 class _LinenLeft(nn.Module):
-
   @nn.compact
   def __call__(self, h):
     w = self.param('kernel', nn.initializers.lecun_normal(), (D, D))
@@ -137,7 +136,6 @@ class _LinenLeft(nn.Module):
 
 
 class _LinenHeads(nn.Module):
-
   @nn.compact
   def __call__(self, h):
     q = nn.DenseGeneral((H, D // H), name='q')(h)
@@ -146,14 +144,14 @@ class _LinenHeads(nn.Module):
 
 def linen(case):
   module = {
-      'loop': _LinenLoop(),
-      'scan': _LinenStack(),
-      'remat': _LinenStack(remat=True),
-      'jit': _LinenLoop(block=nn.jit(_LinenBlock)),
-      'tied': _LinenLoop(same=True),
-      'left': _LinenLeft(),
-      'heads': _LinenHeads(),
-      'bf16': _LinenBlock(dtype=jnp.bfloat16),
+    'loop': _LinenLoop(),
+    'scan': _LinenStack(),
+    'remat': _LinenStack(remat=True),
+    'jit': _LinenLoop(block=nn.jit(_LinenBlock)),
+    'tied': _LinenLoop(same=True),
+    'left': _LinenLeft(),
+    'heads': _LinenHeads(),
+    'bf16': _LinenBlock(dtype=jnp.bfloat16),
   }[case]
   params = module.init(jax.random.key(0), jnp.zeros((B, T, D)))
   return Case(_loss(module.apply), params, '.*kernel')
@@ -163,7 +161,6 @@ def linen(case):
 
 
 class _NNXBlock(nnx.Module):
-
   def __init__(self, rngs, dtype=jnp.float32):
     self.up = nnx.Linear(D, F, dtype=dtype, rngs=rngs)
     self.down = nnx.Linear(F, D, dtype=dtype, rngs=rngs)
@@ -174,7 +171,6 @@ class _NNXBlock(nnx.Module):
 
 
 class _NNXLoop(nnx.Module):
-
   def __init__(self, rngs, call=lambda block, h: block(h), same=False):
     blocks = [_NNXBlock(rngs) for _ in range(1 if same else L)]
     self.blocks = nnx.List(blocks)
@@ -187,7 +183,6 @@ class _NNXLoop(nnx.Module):
 
 
 class _NNXStack(nnx.Module):
-
   def __init__(self, rngs, call=lambda block, h: block(h)):
     make = nnx.split_rngs(splits=L)(nnx.vmap(_NNXBlock))
     self.blocks = make(rngs)
@@ -195,15 +190,14 @@ class _NNXStack(nnx.Module):
 
   def __call__(self, h):
     step = nnx.scan(
-        lambda h, block: self.call(block, h),
-        in_axes=(nnx.Carry, 0),
-        out_axes=nnx.Carry,
+      lambda h, block: self.call(block, h),
+      in_axes=(nnx.Carry, 0),
+      out_axes=nnx.Carry,
     )
     return step(h, self.blocks)
 
 
 class _NNXLeft(nnx.Module):
-
   def __init__(self, rngs):
     self.kernel = nnx.Param(jax.random.normal(rngs(), (D, D)) / D**0.5)
 
@@ -212,7 +206,6 @@ class _NNXLeft(nnx.Module):
 
 
 class _NNXHeads(nnx.Module):
-
   def __init__(self, rngs):
     self.q = nnx.LinearGeneral(D, (H, D // H), rngs=rngs)
     self.o = nnx.LinearGeneral((H, D // H), D, axis=(-2, -1), rngs=rngs)
@@ -226,14 +219,14 @@ def nnx_models(case):
   rematted = nnx.remat(lambda block, h: block(h))
   jitted = nnx.jit(lambda block, h: block(h))
   module = {
-      'loop': lambda: _NNXLoop(rngs),
-      'scan': lambda: _NNXStack(rngs),
-      'remat': lambda: _NNXStack(rngs, rematted),
-      'jit': lambda: _NNXLoop(rngs, jitted),
-      'tied': lambda: _NNXLoop(rngs, same=True),
-      'left': lambda: _NNXLeft(rngs),
-      'heads': lambda: _NNXHeads(rngs),
-      'bf16': lambda: _NNXBlock(rngs, jnp.bfloat16),
+    'loop': lambda: _NNXLoop(rngs),
+    'scan': lambda: _NNXStack(rngs),
+    'remat': lambda: _NNXStack(rngs, rematted),
+    'jit': lambda: _NNXLoop(rngs, jitted),
+    'tied': lambda: _NNXLoop(rngs, same=True),
+    'left': lambda: _NNXLeft(rngs),
+    'heads': lambda: _NNXHeads(rngs),
+    'bf16': lambda: _NNXBlock(rngs, jnp.bfloat16),
   }[case]()
   graphdef, params, rest = nnx.split(module, nnx.Param, ...)
   forward = lambda p, h: nnx.merge(graphdef, p, rest)(h)
@@ -283,14 +276,14 @@ def equinox(case):
     return over_all(jax.tree.map(cast, p))(cast(h))
 
   forward, params = {
-      'loop': (loop, blocks),
-      'scan': (scan, stack),
-      'remat': (lambda p, h: scan(p, h, remat), stack),
-      'jit': (lambda p, h: loop(p, h, jitted), blocks),
-      'tied': (lambda p, h: loop([p, p], h), one),
-      'left': (lambda p, h: over_all(p)(h), one),
-      'heads': (heads, one),
-      'bf16': (bf16, one),
+    'loop': (loop, blocks),
+    'scan': (scan, stack),
+    'remat': (lambda p, h: scan(p, h, remat), stack),
+    'jit': (lambda p, h: loop(p, h, jitted), blocks),
+    'tied': (lambda p, h: loop([p, p], h), one),
+    'left': (lambda p, h: over_all(p)(h), one),
+    'heads': (heads, one),
+    'bf16': (bf16, one),
   }[case]
   return Case(_loss(forward), params, '.*weight')
 

@@ -19,10 +19,10 @@ VOCAB, WIDTH, HIDDEN, TIME = 32, 16, 512, 6
 BATCH = 16
 
 RULES = (
-    ('embed/table', P()),
-    ('mlp/up/kernel', P(None, 'model')),
-    ('mlp/up/bias', P('model')),
-    ('mlp/down/kernel', P('model', None)),
+  ('embed/table', P()),
+  ('mlp/up/kernel', P(None, 'model')),
+  ('mlp/up/bias', P('model')),
+  ('mlp/down/kernel', P('model', None)),
 )
 
 
@@ -30,14 +30,14 @@ def init(key):
   keys = jax.random.split(key, 3)
   normal = lambda key, *shape: jax.random.normal(key, shape) / shape[0] ** 0.5
   return {
-      'embed': {'table': normal(keys[0], VOCAB, WIDTH)},
-      'mlp': {
-          'up': {
-              'kernel': normal(keys[1], WIDTH, HIDDEN),
-              'bias': jnp.zeros(HIDDEN),
-          },
-          'down': {'kernel': normal(keys[2], HIDDEN, VOCAB)},
+    'embed': {'table': normal(keys[0], VOCAB, WIDTH)},
+    'mlp': {
+      'up': {
+        'kernel': normal(keys[1], WIDTH, HIDDEN),
+        'bias': jnp.zeros(HIDDEN),
       },
+      'down': {'kernel': normal(keys[2], HIDDEN, VOCAB)},
+    },
   }
 
 
@@ -51,7 +51,7 @@ def loss(params, batch):
     h_TH = h_TH * jax.random.bernoulli(key, 0.9, h_TH.shape)
     logits_TV = h_TH @ params['mlp']['down']['kernel']
     nll_T = optax.softmax_cross_entropy_with_integer_labels(
-        logits_TV, tokens_T[1:]
+      logits_TV, tokens_T[1:]
     )
     mask_T = mask_T[1:].astype(nll_T.dtype)
     return jnp.sum(nll_T * mask_T) / jnp.sum(mask_T)
@@ -65,9 +65,9 @@ def rows(num_rows=70):
   tokens = (start + 3 * np.arange(TIME)) % VOCAB
   mask = np.arange(TIME) < rng.integers(3, TIME + 1, size=(num_rows, 1))
   return {
-      'tokens': tokens.astype(np.int32),
-      'mask': mask,
-      'weight': rng.integers(1, 4, size=num_rows).astype(np.float32),
+    'tokens': tokens.astype(np.int32),
+    'mask': mask,
+    'weight': rng.integers(1, 4, size=num_rows).astype(np.float32),
   }
 
 
@@ -80,26 +80,26 @@ def run(workdir, *, mesh, num_steps, save_every=5, accumulate=1, seed=0):
   config = {'num_steps': num_steps, 'seed': seed, 'width': WIDTH}
   with training.Checkpointer(workdir, config) as checkpointer:
     state = training.init_state(
-        init, optimizer(), jax.random.key(seed), mesh=mesh, rules=RULES
+      init, optimizer(), jax.random.key(seed), mesh=mesh, rules=RULES
     )
     step = training.make_train_step(
-        loss,
-        optimizer(),
-        accumulate=accumulate,
-        shardings=training.state_shardings(state, mesh, RULES),
+      loss,
+      optimizer(),
+      accumulate=accumulate,
+      shardings=training.state_shardings(state, mesh, RULES),
     )
     data = training.Batches(rows(), BATCH, seed=seed, mesh=mesh)
     path = checkpointer.workdir / 'metrics.jsonl'
     with training.MetricsWriter(path) as writer:
       return training.fit(
-          state,
-          step,
-          data,
-          num_steps=num_steps,
-          mesh=mesh,
-          checkpointer=checkpointer,
-          save_every=save_every,
-          writer=writer,
+        state,
+        step,
+        data,
+        num_steps=num_steps,
+        mesh=mesh,
+        checkpointer=checkpointer,
+        save_every=save_every,
+        writer=writer,
       )
 
 
@@ -114,26 +114,26 @@ def main():
   parser.add_argument('--process', type=int)
   args = parser.parse_args()
   training.initialize_distributed(
-      args.coordinator, args.processes, args.process
+    args.coordinator, args.processes, args.process
   )
   for name in args.meshes:
     data, model = map(int, name.split('x'))
     mesh = training.make_mesh(data, model)
     state = run(
-        args.workdir / name,
-        mesh=mesh,
-        num_steps=args.num_steps,
-        save_every=args.save_every,
+      args.workdir / name,
+      mesh=mesh,
+      num_steps=args.num_steps,
+      save_every=args.save_every,
     )
     np.save(
-        args.workdir / name / f'rows_{jax.process_index()}.npy',
-        training.process_rows(mesh, BATCH),
+      args.workdir / name / f'rows_{jax.process_index()}.npy',
+      training.process_rows(mesh, BATCH),
     )
     if jax.process_count() == 1:
       np.savez(
-          args.workdir / name / 'final.npz',
-          key=jax.random.key_data(state.key),
-          *jax.tree.leaves((state.params, state.opt_state)),
+        args.workdir / name / 'final.npz',
+        *jax.tree.leaves((state.params, state.opt_state)),
+        key=jax.random.key_data(state.key),
       )
 
 

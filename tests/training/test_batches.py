@@ -11,14 +11,14 @@ from idesign.training.batches import _permutation
 
 def rows(count=23):
   return {
-      'x': np.arange(count),
-      'y': np.arange(2 * count, dtype=np.float32).reshape(count, 2),
+    'x': np.arange(count),
+    'y': np.arange(2 * count, dtype=np.float32).reshape(count, 2),
   }
 
 
 def as_dataset(count=23):
   return datasets.Dataset.from_dict(
-      {name: column.tolist() for name, column in rows(count).items()}
+    {name: column.tolist() for name, column in rows(count).items()}
   )
 
 
@@ -48,7 +48,7 @@ def test_batches_depend_on_seed_and_step_alone():
     np.testing.assert_array_equal(fresh.indices(n), forward[n])
   other = Batches(rows(), 5, seed=4)
   assert not all(
-      np.array_equal(other.indices(n), forward[n]) for n in range(12)
+    np.array_equal(other.indices(n), forward[n]) for n in range(12)
   )
 
 
@@ -61,11 +61,11 @@ def test_far_steps_cost_no_walk():
   batches = Batches(rows(), 5, seed=0)
   assert len(set(batches.indices(10**12))) == 5
   assert batches.position(10**12 + 1) == {
-      'seed': 0,
-      'epoch': 250_000_000_000,
-      'index': 1,
-      'num_rows': 23,
-      'batch_size': 5,
+    'seed': 0,
+    'epoch': 250_000_000_000,
+    'index': 1,
+    'num_rows': 23,
+    'batch_size': 5,
   }
 
 
@@ -84,15 +84,15 @@ def test_a_single_process_has_the_whole_batch(size):
 
 
 @pytest.mark.parametrize(
-    'make, size, match',
-    [
-        (lambda: {}, 1, 'data set is empty'),
-        (lambda: rows(0), 1, r'data set is empty .*x.: 0'),
-        (lambda: as_dataset(5).select([]), 1, 'data set is empty'),
-        (lambda: {**rows(), 'z': np.ones(4)}, 2, 'different numbers of rows'),
-        (rows, 24, 'batch_size=24 must be between 1 and .* 23'),
-        (rows, 0, 'batch_size=0'),
-    ],
+  'make, size, match',
+  [
+    (lambda: {}, 1, 'data set is empty'),
+    (lambda: rows(0), 1, r'data set is empty .*x.: 0'),
+    (lambda: as_dataset(5).select([]), 1, 'data set is empty'),
+    (lambda: {**rows(), 'z': np.ones(4)}, 2, 'different numbers of rows'),
+    (rows, 24, 'batch_size=24 must be between 1 and .* 23'),
+    (rows, 0, 'batch_size=0'),
+  ],
 )
 def test_bad_rows(make, size, match):
   with pytest.raises(ValueError, match=match):

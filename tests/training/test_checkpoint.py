@@ -13,11 +13,11 @@ import optax
 import pytest
 
 from idesign.training import (
-    Checkpointer,
-    CheckpointError,
-    claim_workdir,
-    init_state,
-    make_mesh,
+  Checkpointer,
+  CheckpointError,
+  claim_workdir,
+  init_state,
+  make_mesh,
 )
 from idesign.training.checkpoint import _describe
 
@@ -28,12 +28,12 @@ def mixed_state():
   """Every dtype that training meets, none of them a round number."""
   keys = iter(jax.random.split(jax.random.key(7), 9))
   state = {
-      name: jax.random.normal(next(keys), (5, 7)).astype(name)
-      for name in ('float32', 'bfloat16', 'float16', 'float8_e4m3fn')
+    name: jax.random.normal(next(keys), (5, 7)).astype(name)
+    for name in ('float32', 'bfloat16', 'float16', 'float8_e4m3fn')
   }
   state |= {
-      name: jax.random.randint(next(keys), (9,), 0, 100).astype(name)
-      for name in ('int32', 'uint8', 'bool')
+    name: jax.random.randint(next(keys), (9,), 0, 100).astype(name)
+    for name in ('int32', 'uint8', 'bool')
   }
   state['complex64'] = jnp.exp(1j * jnp.arange(6.0).reshape(2, 3))
   state['key'] = jax.random.key(5)
@@ -65,21 +65,21 @@ def test_round_trip_is_exact_for_every_dtype(tmp_path):
     restored, position = checkpointer.restore(state)
   assert raw(restored) == raw(state)
   assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(
-      lambda x: x.dtype, state
+    lambda x: x.dtype, state
   )
   assert position == {'epoch': 4, 'index': 3}
 
 
 @pytest.mark.parametrize(
-    'optimizer',
-    [
-        optax.sgd(0.1),
-        optax.chain(optax.clip(1.0), optax.adamw(0.1), optax.ema(0.9)),
-        optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
-        optax.adafactor(0.1),
-        optax.masked(optax.adam(0.1), {'w': True, 'b': False}),
-    ],
-    ids=['sgd', 'chain', 'injected', 'adafactor', 'masked'],
+  'optimizer',
+  [
+    optax.sgd(0.1),
+    optax.chain(optax.clip(1.0), optax.adamw(0.1), optax.ema(0.9)),
+    optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
+    optax.adafactor(0.1),
+    optax.masked(optax.adam(0.1), {'w': True, 'b': False}),
+  ],
+  ids=['sgd', 'chain', 'injected', 'adafactor', 'masked'],
 )
 def test_train_states(tmp_path, optimizer):
   init = lambda key: {'w': jax.random.normal(key, (4, 4)), 'b': jnp.ones(4)}
@@ -148,7 +148,7 @@ def test_only_inside_with(tmp_path):
   with checkpointer:
     checkpointer.save(1, mixed_state(), {})
   with pytest.raises(ValueError, match='not open'):
-    checkpointer.latest_step  # pylint: disable=pointless-statement
+    _ = checkpointer.latest_step
 
 
 def test_leftovers_are_removed_at_the_start(tmp_path):
@@ -171,15 +171,15 @@ def listing(root):
 
 
 @pytest.mark.parametrize(
-    'change, match',
-    [
-        ({'lr': 0.2}, 'lr: 0.1 -> 0.2'),
-        ({'lr': None}, 'lr: 0.1 -> null'),
-        ({'model': {'width': 9, 'names': ['a']}}, r'model.width: 8 -> 9'),
-        ({'model': {'width': 8, 'names': []}}, r'model.names: \["a"\] -> \[\]'),
-        ({'steps': 10.0}, r'steps: 10 -> 10\.0'),
-        ({'new': 1, 'lr': 3}, r'lr: 0.1 -> 3; new: \(absent\) -> 1'),
-    ],
+  'change, match',
+  [
+    ({'lr': 0.2}, 'lr: 0.1 -> 0.2'),
+    ({'lr': None}, 'lr: 0.1 -> null'),
+    ({'model': {'width': 9, 'names': ['a']}}, r'model.width: 8 -> 9'),
+    ({'model': {'width': 8, 'names': []}}, r'model.names: \["a"\] -> \[\]'),
+    ({'steps': 10.0}, r'steps: 10 -> 10\.0'),
+    ({'new': 1, 'lr': 3}, r'lr: 0.1 -> 3; new: \(absent\) -> 1'),
+  ],
 )
 def test_another_config_is_refused(tmp_path, change, match):
   save(tmp_path, 1)
@@ -203,7 +203,7 @@ def test_ignored_keys_may_differ(tmp_path):
   with pytest.raises(ValueError, match='model.names'):
     Checkpointer(tmp_path, changed, ignore=['steps', 'model.width'])
   with Checkpointer(
-      tmp_path, changed, ignore=['steps', 'model']
+    tmp_path, changed, ignore=['steps', 'model']
   ) as checkpointer:
     checkpointer.restore(mixed_state())
 
@@ -218,15 +218,15 @@ def test_a_config_inside_the_step_is_compared_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'workdir, config, match',
-    [
-        ('gs://bucket/run', CONFIG, 'is a URL.*mount the bucket'),
-        ('run', {'x': jnp.ones(2)}, 'JSON cannot'),
-        ('run', {'x': float('nan')}, 'JSON cannot'),
-    ],
+  'workdir, config, match',
+  [
+    ('gs://bucket/run', CONFIG, 'is a URL.*mount the bucket'),
+    ('run', {'x': jnp.ones(2)}, 'JSON cannot'),
+    ('run', {'x': float('nan')}, 'JSON cannot'),
+  ],
 )
 def test_bad_workdirs_and_configs(
-    tmp_path, monkeypatch, workdir, config, match
+  tmp_path, monkeypatch, workdir, config, match
 ):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(ValueError, match=match):
@@ -250,15 +250,15 @@ def test_keep_must_be_positive(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'change, match',
-    [
-        (
-            {'int32': jnp.ones(8, jnp.int32)},
-            r"int32: \[\[9\], 'int32'\] -> \[\[8\]",
-        ),
-        ({'int32': jnp.ones(9)}, r"int32: .*'int32'\] -> \[\[9\], 'float32'\]"),
-        ({'more': jnp.ones(2)}, r"more: \['absent'\] -> \[\[2\], 'float32'\]"),
-    ],
+  'change, match',
+  [
+    (
+      {'int32': jnp.ones(8, jnp.int32)},
+      r"int32: \[\[9\], 'int32'\] -> \[\[8\]",
+    ),
+    ({'int32': jnp.ones(9)}, r"int32: .*'int32'\] -> \[\[9\], 'float32'\]"),
+    ({'more': jnp.ones(2)}, r"more: \['absent'\] -> \[\[2\], 'float32'\]"),
+  ],
 )
 def test_template_of_another_kind(tmp_path, change, match):
   state = save(tmp_path, 1)
@@ -282,8 +282,8 @@ def saved(tmp_path_factory):
 
 def largest(folder):
   return max(
-      (p for p in folder.rglob('*') if p.is_file()),
-      key=lambda p: p.stat().st_size,
+    (p for p in folder.rglob('*') if p.is_file()),
+    key=lambda p: p.stat().st_size,
   )
 
 
@@ -298,24 +298,24 @@ def halve(path):
 
 
 DAMAGE = {
-    'empty folder': lambda step: (shutil.rmtree(step), step.mkdir()),
-    'no state': lambda step: shutil.rmtree(step / 'state'),
-    'no meta': lambda step: shutil.rmtree(step / 'meta'),
-    'no manifest': lambda step: (step / 'state' / 'manifest.ocdbt').unlink(),
-    'manifest bit': lambda step: flip(step / 'state' / 'manifest.ocdbt'),
-    'meta cut': lambda step: halve(step / 'meta' / 'metadata'),
-    'meta emptied': lambda step: (step / 'meta' / 'metadata').write_text('{}'),
-    'array gone': lambda step: largest(step).unlink(),
-    'array cut': lambda step: halve(largest(step)),
-    # One bit of one parameter, which Orbax itself does not notice.
-    'array bit': lambda step: flip(largest(step)),
+  'empty folder': lambda step: (shutil.rmtree(step), step.mkdir()),
+  'no state': lambda step: shutil.rmtree(step / 'state'),
+  'no meta': lambda step: shutil.rmtree(step / 'meta'),
+  'no manifest': lambda step: (step / 'state' / 'manifest.ocdbt').unlink(),
+  'manifest bit': lambda step: flip(step / 'state' / 'manifest.ocdbt'),
+  'meta cut': lambda step: halve(step / 'meta' / 'metadata'),
+  'meta emptied': lambda step: (step / 'meta' / 'metadata').write_text('{}'),
+  'array gone': lambda step: largest(step).unlink(),
+  'array cut': lambda step: halve(largest(step)),
+  # One bit of one parameter, which Orbax itself does not notice.
+  'array bit': lambda step: flip(largest(step)),
 }
 
 
 @pytest.mark.filterwarnings(
-    # Orbax abandons the other reads of a step when one of them fails, and
-    # Python reports those coroutines when it collects them.
-    'ignore::pytest.PytestUnraisableExceptionWarning',
+  # Orbax abandons the other reads of a step when one of them fails, and
+  # Python reports those coroutines when it collects them.
+  'ignore::pytest.PytestUnraisableExceptionWarning',
 )
 @pytest.mark.parametrize('kind', DAMAGE)
 def test_damage_is_named(saved, tmp_path, kind):

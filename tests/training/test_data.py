@@ -12,19 +12,19 @@ import pytest
 import tokenizers
 
 from idesign.training import (
-    Batches,
-    image_rows,
-    load_files,
-    load_tokenizer,
-    packed_text,
-    padded_text,
+  Batches,
+  image_rows,
+  load_files,
+  load_tokenizer,
+  packed_text,
+  padded_text,
 )
 
 WORDS = ['[UNK]', '<s>', '</s>', '<pad>', 'the', 'cat', 'sat', 'on', 'mat']
 TEXTS = ['the cat sat', 'on the mat', 'cat', 'the cat sat on the mat the cat']
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHARED = pathlib.Path(
-    os.environ.get('IDESIGN_DATA', ROOT.parent / 'shared' / 'data')
+  os.environ.get('IDESIGN_DATA', ROOT.parent / 'shared' / 'data')
 )
 
 
@@ -44,13 +44,13 @@ def cache(tmp_path):
 @pytest.fixture
 def tokenizer(tmp_path):
   model = tokenizers.models.WordLevel(
-      {word: i for i, word in enumerate(WORDS)}, unk_token='[UNK]'
+    {word: i for i, word in enumerate(WORDS)}, unk_token='[UNK]'
   )
   tokenizer = tokenizers.Tokenizer(model)
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
   # Files from the Hub often add a token of their own; it must not appear.
   tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-      single='<s> $A', special_tokens=[('<s>', 1)]
+    single='<s> $A', special_tokens=[('<s>', 1)]
   )
   path = tmp_path / 'tokenizer.json'
   tokenizer.save(str(path))
@@ -65,7 +65,7 @@ def write(folder, kind, texts=TEXTS, column='text'):
     path.write_text(json.dumps([{column: text} for text in texts]))
   elif kind == 'jsonl':
     path.write_text(
-        ''.join(json.dumps({column: text}) + '\n' for text in texts)
+      ''.join(json.dumps({column: text}) + '\n' for text in texts)
     )
   else:
     rows = datasets.Dataset.from_dict({column: texts})
@@ -75,9 +75,9 @@ def write(folder, kind, texts=TEXTS, column='text'):
 
 def ids(*texts, before=(), after=()):
   return [
-      i
-      for text in texts
-      for i in [*before, *(WORDS.index(word) for word in text.split()), *after]
+    i
+    for text in texts
+    for i in [*before, *(WORDS.index(word) for word in text.split()), *after]
   ]
 
 
@@ -89,7 +89,7 @@ KINDS = ['txt', 'json', 'jsonl', 'csv', 'parquet']
 def test_packed_text(tmp_path, cache, tokenizer, kind, ends):
   path = write(tmp_path, kind)
   rows = packed_text(
-      path, tokenizer, length=4, cache_dir=cache, sample_by='line', **ends
+    path, tokenizer, length=4, cache_dir=cache, sample_by='line', **ends
   )
   around = {'before': [1], 'after': [2]} if ends else {}
   stream = ids(*TEXTS, **around)
@@ -101,8 +101,13 @@ def test_packed_text(tmp_path, cache, tokenizer, kind, ends):
 @pytest.mark.parametrize('kind', ['txt', 'parquet'])
 def test_padded_text(tmp_path, cache, tokenizer, kind):
   rows = padded_text(
-      write(tmp_path, kind), tokenizer, length=5, pad='<pad>', eos='</s>',
-      cache_dir=cache, sample_by='line',
+    write(tmp_path, kind),
+    tokenizer,
+    length=5,
+    pad='<pad>',
+    eos='</s>',
+    cache_dir=cache,
+    sample_by='line',
   )
   documents = [ids(text, after=[2])[:5] for text in TEXTS]
   assert rows['tokens'].tolist() == [d + [3] * (5 - len(d)) for d in documents]
@@ -132,7 +137,7 @@ def test_several_files_and_a_changed_file(tmp_path, cache):
 def test_a_dataset_and_a_tokenizer_in_memory(tokenizer):
   rows = datasets.Dataset.from_dict({'story': TEXTS, 'other': [1, 2, 3, 4]})
   packed = packed_text(
-      rows, load_tokenizer(tokenizer), length=3, column='story'
+    rows, load_tokenizer(tokenizer), length=3, column='story'
   )
   assert packed['tokens'].ravel().tolist() == ids(*TEXTS)[:15]
   assert Batches(packed, 2, seed=0).batch(0)['tokens'].shape == (2, 3)
@@ -148,36 +153,54 @@ def test_bad_text(tmp_path, cache, tokenizer):
   (tmp_path / 'blank.jsonl').write_text('{"text": "cat"}\n{"text": ""}\n')
   (tmp_path / 'bad.json').write_text('{"model": 1}')
   pack = lambda name, **options: packed_text(
-      tmp_path / name, options.pop('tokenizer', tokenizer),
-      **{'length': 4, 'cache_dir': cache, **options},
+    tmp_path / name,
+    options.pop('tokenizer', tokenizer),
+    **{'length': 4, 'cache_dir': cache, **options},
   )
   table = [
-      (FileNotFoundError, 'absent.txt does not exist', 'absent.txt', {}),
-      (ValueError, 'empty.txt is empty', 'empty.txt', {}),
-      (ValueError, 'broken.jsonl cannot be read as json', 'broken.jsonl', {}),
-      (ValueError, r"kind \['.pkl'\]", 'rows.pkl', {}),
-      (ValueError, r"column 'body'; it has \['text'\]", good.name,
-       {'column': 'body'}),
-      (ValueError, "'text', row 0: expected text, found 3", 'numbers.jsonl',
-       {}),
-      (ValueError, "'text', row 1: expected text, found None", 'holes.jsonl',
-       {}),
-      (ValueError, "no token '<bos>' among its 9", good.name, {'bos': '<bos>'}),
-      (ValueError, '15 tokens do not fill one row of length=16', good.name,
-       {'length': 16}),
-      (ValueError, 'length=0', good.name, {'length': 0}),
-      (FileNotFoundError, 'none.json does not exist', good.name,
-       {'tokenizer': tmp_path / 'none.json'}),
-      (ValueError, 'bad.json is not a tokenizer.json', good.name,
-       {'tokenizer': tmp_path / 'bad.json'}),
+    (FileNotFoundError, 'absent.txt does not exist', 'absent.txt', {}),
+    (ValueError, 'empty.txt is empty', 'empty.txt', {}),
+    (ValueError, 'broken.jsonl cannot be read as json', 'broken.jsonl', {}),
+    (ValueError, r"kind \['.pkl'\]", 'rows.pkl', {}),
+    (
+      ValueError,
+      r"column 'body'; it has \['text'\]",
+      good.name,
+      {'column': 'body'},
+    ),
+    (ValueError, "'text', row 0: expected text, found 3", 'numbers.jsonl', {}),
+    (ValueError, "'text', row 1: expected text, found None", 'holes.jsonl', {}),
+    (ValueError, "no token '<bos>' among its 9", good.name, {'bos': '<bos>'}),
+    (
+      ValueError,
+      '15 tokens do not fill one row of length=16',
+      good.name,
+      {'length': 16},
+    ),
+    (ValueError, 'length=0', good.name, {'length': 0}),
+    (
+      FileNotFoundError,
+      'none.json does not exist',
+      good.name,
+      {'tokenizer': tmp_path / 'none.json'},
+    ),
+    (
+      ValueError,
+      'bad.json is not a tokenizer.json',
+      good.name,
+      {'tokenizer': tmp_path / 'bad.json'},
+    ),
   ]
   for kind, match, name, options in table:
     with pytest.raises(kind, match=match):
       pack(name, **options)
   with pytest.raises(ValueError, match='row 1 has no tokens'):
     padded_text(
-        tmp_path / 'blank.jsonl', tokenizer, length=4, pad='<pad>',
-        cache_dir=cache,
+      tmp_path / 'blank.jsonl',
+      tokenizer,
+      length=4,
+      pad='<pad>',
+      cache_dir=cache,
     )
   with pytest.raises(ValueError, match="no token '<p>'"):
     padded_text(good, tokenizer, length=4, pad='<p>', cache_dir=cache)
@@ -203,7 +226,8 @@ def image_file(folder, kind, images=IMAGES, labels=LABELS):
     features = {'image': nested, 'label': datasets.Value('int64')}
   else:
     columns = {
-        'image': [Image.fromarray(x) for x in images], 'label': labels.tolist()
+      'image': [Image.fromarray(x) for x in images],
+      'label': labels.tolist(),
     }
     features = {'image': datasets.Image(), 'label': datasets.Value('int64')}
   rows = datasets.Dataset.from_dict(columns, datasets.Features(features))
@@ -211,8 +235,8 @@ def image_file(folder, kind, images=IMAGES, labels=LABELS):
     # As other tools write it: bytes, and nothing that says they are images.
     rows = rows.cast_column('image', datasets.Image(decode=False))
     rows = rows.cast_column(
-        'image',
-        {'bytes': datasets.Value('binary'), 'path': datasets.Value('string')},
+      'image',
+      {'bytes': datasets.Value('binary'), 'path': datasets.Value('string')},
     )
   rows.to_parquet(str(path))
   return path
@@ -235,16 +259,16 @@ def test_colour_and_float_images(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'arrays, match',
-    [
-        ({'label': LABELS}, r"no array 'image'; it has \['label'\]"),
-        ({'image': IMAGES}, "no array 'label'"),
-        ({'image': IMAGES, 'label': LABELS[:5]}, r'\(6, 4, 5, 1\).*\(5,\)'),
-        ({'image': IMAGES[0], 'label': LABELS}, r'shape \(4, 5\)'),
-        ({'image': IMAGES[:0], 'label': LABELS[:0]}, 'N > 0'),
-        ({'image': IMAGES, 'label': LABELS / 2}, 'dtype float64'),
-        ({'image': np.array([{}] * 6), 'label': LABELS}, 'cannot be read'),
-    ],
+  'arrays, match',
+  [
+    ({'label': LABELS}, r"no array 'image'; it has \['label'\]"),
+    ({'image': IMAGES}, "no array 'label'"),
+    ({'image': IMAGES, 'label': LABELS[:5]}, r'\(6, 4, 5, 1\).*\(5,\)'),
+    ({'image': IMAGES[0], 'label': LABELS}, r'shape \(4, 5\)'),
+    ({'image': IMAGES[:0], 'label': LABELS[:0]}, 'N > 0'),
+    ({'image': IMAGES, 'label': LABELS / 2}, 'dtype float64'),
+    ({'image': np.array([{}] * 6), 'label': LABELS}, 'cannot be read'),
+  ],
 )
 def test_bad_npz(tmp_path, arrays, match):
   path = tmp_path / 'bad.npz'
@@ -265,7 +289,7 @@ def test_bad_images(tmp_path, cache):
   with pytest.raises(ValueError, match='cut.parquet cannot be read as parquet'):
     image_rows(tmp_path / 'cut.parquet', cache_dir=cache)
   sizes = datasets.Dataset.from_dict(
-      {'image': [[[1]], [[1, 2]]], 'label': [0, 1]}
+    {'image': [[[1]], [[1, 2]]], 'label': [0, 1]}
   )
   with pytest.raises(ValueError, match="'image' have different shapes"):
     image_rows(sizes)

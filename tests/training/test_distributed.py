@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from idesign.training import (
-    batch_sharding,
-    Checkpointer,
-    init_state,
-    initialize_distributed,
-    make_mesh,
-    process_rows,
-    read_metrics,
-    shard_batch,
+  batch_sharding,
+  Checkpointer,
+  init_state,
+  initialize_distributed,
+  make_mesh,
+  process_rows,
+  read_metrics,
+  shard_batch,
 )
 from tests.training import script
 
@@ -55,26 +55,33 @@ def two_processes(tmp_path_factory):
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   environment = {
-      **os.environ,
-      'PYTHONPATH': str(ROOT),
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+    **os.environ,
+    'PYTHONPATH': str(ROOT),
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
   }
   processes = [
-      subprocess.Popen(
-          [
-              sys.executable, '-m', 'tests.training.script', str(workdir),
-              f'--num_steps={NUM_STEPS}', '--meshes', '2x4', '1x8',
-              f'--coordinator=127.0.0.1:{port}', '--processes=2',
-              f'--process={index}',
-          ],
-          cwd=ROOT,
-          env=environment,
-          stdout=subprocess.PIPE,
-          stderr=subprocess.STDOUT,
-      )
-      for index in range(2)
+    subprocess.Popen(
+      [
+        sys.executable,
+        '-m',
+        'tests.training.script',
+        str(workdir),
+        f'--num_steps={NUM_STEPS}',
+        '--meshes',
+        '2x4',
+        '1x8',
+        f'--coordinator=127.0.0.1:{port}',
+        '--processes=2',
+        f'--process={index}',
+      ],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+    )
+    for index in range(2)
   ]
   try:
     outputs = [process.communicate(timeout=120)[0] for process in processes]
@@ -118,11 +125,11 @@ def test_restores_on_another_mesh(source, target, root):
 
 def assert_restores(workdir, target, expected=None):
   template = init_state(
-      script.init,
-      script.optimizer(),
-      jax.random.key(9),
-      mesh=mesh(target),
-      rules=script.RULES,
+    script.init,
+    script.optimizer(),
+    jax.random.key(9),
+    mesh=mesh(target),
+    rules=script.RULES,
   )
   with Checkpointer(workdir, config()) as checkpointer:
     state, _ = checkpointer.restore(template)
@@ -148,13 +155,13 @@ def test_two_processes_restore_on_one(source, two_processes):
 
 
 @pytest.mark.parametrize(
-    'name, parts',
-    [
-        # The processes differ in `data`: each loads its half of the batch.
-        ('2x4', (range(8), range(8, 16))),
-        # They differ in `model` only: both need every example.
-        ('1x8', (range(16), range(16))),
-    ],
+  'name, parts',
+  [
+    # The processes differ in `data`: each loads its half of the batch.
+    ('2x4', (range(8), range(8, 16))),
+    # They differ in `model` only: both need every example.
+    ('1x8', (range(16), range(16))),
+  ],
 )
 def test_processes_load_their_rows(name, parts, two_processes):
   for index, part in enumerate(parts):
@@ -166,9 +173,9 @@ def test_parameters_are_split(root):
   state = trained(root, '2x4')
   kernel = state.params['mlp']['up']['kernel']
   moments = [
-      leaf
-      for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
-      if jax.tree_util.keystr(path).endswith("['up']['kernel']")
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    if jax.tree_util.keystr(path).endswith("['up']['kernel']")
   ]
   assert len(moments) == 2
   for leaf in (kernel, *moments):
@@ -187,17 +194,17 @@ def test_shard_batch_splits_examples():
 
 
 @pytest.mark.parametrize(
-    'arguments, environment, match',
-    [
-        ((None, 2, 0), {}, 'coordinator_address must be given'),
-        (('a:1', None, None), {}, 'num_processes and process_id must be given'),
-        (('a:1', 2, 2), {}, 'process_id=2 is not one of the 2'),
-        (
-            (None, None, None),
-            {'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '0'},
-            'JAX_COORDINATOR_ADDRESS',
-        ),
-    ],
+  'arguments, environment, match',
+  [
+    ((None, 2, 0), {}, 'coordinator_address must be given'),
+    (('a:1', None, None), {}, 'num_processes and process_id must be given'),
+    (('a:1', 2, 2), {}, 'process_id=2 is not one of the 2'),
+    (
+      (None, None, None),
+      {'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '0'},
+      'JAX_COORDINATOR_ADDRESS',
+    ),
+  ],
 )
 def test_initialize_refuses(arguments, environment, match, monkeypatch):
   for name, value in environment.items():

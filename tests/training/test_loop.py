@@ -7,13 +7,13 @@ import optax
 import pytest
 
 from idesign.training import (
-    Batches,
-    Checkpointer,
-    fit,
-    init_state,
-    make_train_step,
-    MetricsWriter,
-    read_metrics,
+  Batches,
+  Checkpointer,
+  fit,
+  init_state,
+  make_train_step,
+  MetricsWriter,
+  read_metrics,
 )
 
 ROWS = {'x': np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)}
@@ -37,8 +37,13 @@ def run(workdir, num_steps, *, seed=0, data=None, step=STEP, **options):
   with Checkpointer(workdir, {}, keep=9) as checkpointer:
     with MetricsWriter(workdir / 'metrics.jsonl') as writer:
       state = fit(
-          new_state(), step, data, num_steps=num_steps,
-          checkpointer=checkpointer, writer=writer, **options,
+        new_state(),
+        step,
+        data,
+        num_steps=num_steps,
+        checkpointer=checkpointer,
+        writer=writer,
+        **options,
       )
     return state, checkpointer.steps
 
@@ -48,12 +53,12 @@ def steps(workdir):
 
 
 @pytest.mark.parametrize(
-    'options, saved, logged',
-    [
-        ({'save_every': 4}, [4, 8, 10], list(range(1, 11))),
-        ({'save_every': 5, 'log_every': 3}, [5, 10], [3, 6, 9, 10]),
-        ({}, [10], list(range(1, 11))),
-    ],
+  'options, saved, logged',
+  [
+    ({'save_every': 4}, [4, 8, 10], list(range(1, 11))),
+    ({'save_every': 5, 'log_every': 3}, [5, 10], [3, 6, 9, 10]),
+    ({}, [10], list(range(1, 11))),
+  ],
 )
 def test_saves_and_logs_when_due(tmp_path, options, saved, logged):
   state, kept = run(tmp_path, 10, **options)
@@ -66,11 +71,12 @@ def test_a_run_in_pieces_equals_a_whole_one(tmp_path):
   (tmp_path / 'pieces').mkdir()
   for num_steps in (2, 2, 7, 9, 9):
     pieces, _ = run(tmp_path / 'pieces', num_steps)
-  assert np.asarray(pieces.params['m']).tobytes() == np.asarray(
-      whole.params['m']
-  ).tobytes()
+  assert (
+    np.asarray(pieces.params['m']).tobytes()
+    == np.asarray(whole.params['m']).tobytes()
+  )
   assert read_metrics(tmp_path / 'pieces' / 'metrics.jsonl') == read_metrics(
-      tmp_path / 'whole' / 'metrics.jsonl'
+    tmp_path / 'whole' / 'metrics.jsonl'
   )
 
 
@@ -84,8 +90,11 @@ def test_the_given_state_is_consumed_on_resume(tmp_path):
   given = new_state()
   with Checkpointer(tmp_path, {}) as checkpointer:
     state = fit(
-        given, STEP, Batches(ROWS, 4, seed=0), num_steps=2,
-        checkpointer=checkpointer,
+      given,
+      STEP,
+      Batches(ROWS, 4, seed=0),
+      num_steps=2,
+      checkpointer=checkpointer,
     )
   assert int(state.step) == 2
   assert all(x.is_deleted() for x in jax.tree.leaves(given))
@@ -143,7 +152,12 @@ def test_the_device_is_one_step_ahead_of_the_host(tmp_path):
 
   fit(new_state(), step, Batches(ROWS, 4, seed=0), num_steps=3)
   assert events == [
-      'dispatch 1', 'dispatch 2', 'read 1', 'dispatch 3', 'read 2', 'read 3'
+    'dispatch 1',
+    'dispatch 2',
+    'read 1',
+    'dispatch 3',
+    'read 2',
+    'read 3',
   ]
 
 
@@ -152,10 +166,10 @@ def test_evaluate_and_extra(tmp_path):
     return jax.tree.map(lambda u: u * gate, updates), state
 
   gated = optax.chain(
-      OPTIMIZER,
-      optax.GradientTransformationExtraArgs(
-          lambda params: optax.EmptyState(), update
-      ),
+    OPTIMIZER,
+    optax.GradientTransformationExtraArgs(
+      lambda params: optax.EmptyState(), update
+    ),
   )
   seen = []
 
@@ -166,9 +180,15 @@ def test_evaluate_and_extra(tmp_path):
   state = init_state(lambda key: {'m': jnp.ones(3)}, gated, jax.random.key(0))
   with MetricsWriter(tmp_path / 'm') as writer:
     state = fit(
-        state, make_train_step(loss, gated), Batches(ROWS, 4, seed=0),
-        num_steps=5, writer=writer, log_every=5, extra=extra,
-        evaluate=lambda state: {'m0': state.params['m'][0]}, evaluate_every=2,
+      state,
+      make_train_step(loss, gated),
+      Batches(ROWS, 4, seed=0),
+      num_steps=5,
+      writer=writer,
+      log_every=5,
+      extra=extra,
+      evaluate=lambda state: {'m0': state.params['m'][0]},
+      evaluate_every=2,
     )
   np.testing.assert_array_equal(state.params['m'], np.ones(3))
   assert seen == [(n, (4, 3)) for n in range(5)]
@@ -178,12 +198,12 @@ def test_evaluate_and_extra(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'data, match',
-    [
-        (Batches(ROWS, 4, seed=1), 'seed: 0 -> 1'),
-        (Batches(ROWS, 3, seed=0), 'batch_size: 4 -> 3'),
-        (Batches({'x': ROWS['x'][:10]}, 4, seed=0), 'num_rows: 12 -> 10'),
-    ],
+  'data, match',
+  [
+    (Batches(ROWS, 4, seed=1), 'seed: 0 -> 1'),
+    (Batches(ROWS, 3, seed=0), 'batch_size: 4 -> 3'),
+    (Batches({'x': ROWS['x'][:10]}, 4, seed=0), 'num_rows: 12 -> 10'),
+  ],
 )
 def test_other_data_is_refused(tmp_path, data, match):
   run(tmp_path, 4)
@@ -203,6 +223,4 @@ def test_a_shorter_run_is_refused(tmp_path):
 @pytest.mark.parametrize('name', ['save_every', 'log_every', 'evaluate_every'])
 def test_every_must_be_positive(name):
   with pytest.raises(ValueError, match=f'{name}=0'):
-    fit(
-        new_state(), STEP, Batches(ROWS, 4, seed=0), num_steps=1, **{name: 0}
-    )
+    fit(new_state(), STEP, Batches(ROWS, 4, seed=0), num_steps=1, **{name: 0})

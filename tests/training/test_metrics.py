@@ -38,7 +38,7 @@ def test_round_trip_with_values_that_are_not_finite(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'step, kept', [(0, []), (2, [1, 2]), (3, [1, 2, 3]), (9, [1, 2, 3])]
+  'step, kept', [(0, []), (2, [1, 2]), (3, [1, 2, 3]), (9, [1, 2, 3])]
 )
 def test_resume_drops_what_came_later(tmp_path, step, kept):
   path = tmp_path / 'metrics.jsonl'
@@ -70,17 +70,17 @@ def test_lines_are_readable_while_the_file_is_open(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'step, metrics, match',
-    [
-        (3, {'a': 1}, r'already holds step 3.*resume\(2\)'),
-        (2, {'a': 1}, 'already holds step 3'),
-        (4, {'a': np.ones(2)}, r"'a' of step 4 .*shape \(2,\)"),
-        (4, {'step': 1}, 'other than "step"'),
-        (4, {'a': 'high'}, "'a' must be a number; got 'high'"),
-    ],
+  'step, metrics, match',
+  [
+    (3, {'a': 1}, r'already holds step 3.*resume\(2\)'),
+    (2, {'a': 1}, 'already holds step 3'),
+    (4, {'a': np.ones(2)}, r"'a' of step 4 .*shape \(2,\)"),
+    (4, {'step': 1}, 'other than "step"'),
+    (4, {'a': 'high'}, "'a' must be a number; got 'high'"),
+  ],
 )
 def test_bad_lines_are_refused_and_leave_the_file_alone(
-    tmp_path, step, metrics, match
+  tmp_path, step, metrics, match
 ):
   with MetricsWriter(tmp_path / 'm') as writer:
     writer.write(3, {'a': 1})
@@ -91,7 +91,7 @@ def test_bad_lines_are_refused_and_leave_the_file_alone(
 
 
 @pytest.mark.parametrize(
-    'line', ['nonsense', '[1]', '{"loss": 1}', '{"step": "x"}']
+  'line', ['nonsense', '[1]', '{"loss": 1}', '{"step": "x"}']
 )
 def test_damaged_files_are_named_and_kept(tmp_path, line):
   path = tmp_path / 'metrics.jsonl'

@@ -20,34 +20,39 @@ TEMPORARY = '*.orbax-checkpoint-tmp'
 
 def command(workdir, *extra):
   return [
-      sys.executable, '-m', 'tests.training.script', str(workdir),
-      f'--num_steps={NUM_STEPS}', '--save_every=3', *extra,
+    sys.executable,
+    '-m',
+    'tests.training.script',
+    str(workdir),
+    f'--num_steps={NUM_STEPS}',
+    '--save_every=3',
+    *extra,
   ]
 
 
 def environment(devices=1):
   flags = f'--xla_force_host_platform_device_count={devices}'
   return {
-      **os.environ,
-      'PYTHONPATH': str(ROOT),
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': flags,
+    **os.environ,
+    'PYTHONPATH': str(ROOT),
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': flags,
   }
 
 
 def start(workdir):
   return subprocess.Popen(
-      command(workdir),
-      cwd=ROOT,
-      env=environment(),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
+    command(workdir),
+    cwd=ROOT,
+    env=environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
   )
 
 
 def finish(workdir):
   done = subprocess.run(
-      command(workdir), cwd=ROOT, env=environment(), capture_output=True
+    command(workdir), cwd=ROOT, env=environment(), capture_output=True
   )
   assert done.returncode == 0, done.stderr.decode()[-3000:]
 
@@ -124,7 +129,7 @@ def test_killed_run_ends_at_the_same_bits(tmp_path):
   assert not list(killed.glob(f'1x1/checkpoints/{TEMPORARY}'))
 
 
-FULL_DISK = '''
+FULL_DISK = """
 import resource, signal, sys
 import jax, jax.numpy as jnp
 from idesign.training import Checkpointer, CheckpointError
@@ -139,15 +144,18 @@ try:
     checkpointer.save(2, state, {'at': 2})
 except CheckpointError as error:
   print('REFUSED', error)
-'''
+"""
 
 
 def test_full_disk(tmp_path):
   done = subprocess.run(
-      [sys.executable, '-c', FULL_DISK, str(tmp_path)],
-      cwd=ROOT, env=environment(), capture_output=True, text=True,
+    [sys.executable, '-c', FULL_DISK, str(tmp_path)],
+    cwd=ROOT,
+    env=environment(),
+    capture_output=True,
+    text=True,
   )
-  refusal = done.stdout[done.stdout.find('REFUSED'):]
+  refusal = done.stdout[done.stdout.find('REFUSED') :]
   assert refusal, done.stderr[-2000:]
   assert str(tmp_path / 'checkpoints') in refusal and '[1]' in refusal
   assert 'intact' in refusal and 'Make room' in refusal
@@ -162,7 +170,7 @@ def test_full_disk(tmp_path):
     assert not list(checkpointer.directory.glob(TEMPORARY))
 
 
-AT_EXIT = '''
+AT_EXIT = """
 import sys
 import jax
 from idesign.training import Checkpointer
@@ -170,13 +178,16 @@ state = {'w': jax.random.normal(jax.random.key(0), (1000, 1000))}
 with Checkpointer(sys.argv[1], {}) as checkpointer:
   checkpointer.save(1, state, {})
   sys.exit(3)
-'''
+"""
 
 
 def test_a_running_save_is_waited_for_at_exit(tmp_path):
   done = subprocess.run(
-      [sys.executable, '-c', AT_EXIT, str(tmp_path)],
-      cwd=ROOT, env=environment(), capture_output=True, text=True,
+    [sys.executable, '-c', AT_EXIT, str(tmp_path)],
+    cwd=ROOT,
+    env=environment(),
+    capture_output=True,
+    text=True,
   )
   assert done.returncode == 3, done.stderr[-2000:]
   with Checkpointer(tmp_path, {}) as checkpointer:

@@ -8,34 +8,34 @@ import optax
 import pytest
 
 from idesign.training import (
-    follow_shardings,
-    init_state,
-    make_mesh,
-    process_rows,
-    shard_batch,
-    state_shardings,
-    tree_shardings,
+  follow_shardings,
+  init_state,
+  make_mesh,
+  process_rows,
+  shard_batch,
+  state_shardings,
+  tree_shardings,
 )
 
 PARAMS = {
-    'blocks': {'up': {'kernel': jnp.ones((8, 16)), 'bias': jnp.ones(16)}},
-    'head': {'kernel': jnp.ones((16, 6))},
+  'blocks': {'up': {'kernel': jnp.ones((8, 16)), 'bias': jnp.ones(16)}},
+  'head': {'kernel': jnp.ones((16, 6))},
 }
 RULES = [
-    ('blocks/.*/kernel', P(None, 'model')),
-    ('blocks/up/bias', P('model')),
-    ('.*', P()),
+  ('blocks/.*/kernel', P(None, 'model')),
+  ('blocks/up/bias', P('model')),
+  ('.*', P()),
 ]
 
 
 @pytest.mark.parametrize(
-    'sizes, expected',
-    [
-        ({}, (8, 1)),
-        ({'model': 4}, (2, 4)),
-        ({'data': 2, 'model': -1}, (2, 4)),
-        ({'data': 4, 'model': 2}, (4, 2)),
-    ],
+  'sizes, expected',
+  [
+    ({}, (8, 1)),
+    ({'model': 4}, (2, 4)),
+    ({'data': 2, 'model': -1}, (2, 4)),
+    ({'data': 4, 'model': 2}, (4, 2)),
+  ],
 )
 def test_make_mesh(sizes, expected):
   mesh = make_mesh(**sizes)
@@ -45,15 +45,15 @@ def test_make_mesh(sizes, expected):
 
 
 @pytest.mark.parametrize(
-    'sizes, match',
-    [
-        ({'data': 3}, 'a mesh of data=3 x model=1 needs 3 devices'),
-        ({'model': 3}, '8 devices cannot be divided into a mesh with model=3'),
-        ({'data': 5, 'model': -1}, 'with data=5'),
-        ({'data': -1, 'model': -1}, 'cannot both be -1'),
-        ({'data': 0}, 'data=0 must be positive'),
-        ({'data': 2, 'model': -2}, 'model=-2 must be positive'),
-    ],
+  'sizes, match',
+  [
+    ({'data': 3}, 'a mesh of data=3 x model=1 needs 3 devices'),
+    ({'model': 3}, '8 devices cannot be divided into a mesh with model=3'),
+    ({'data': 5, 'model': -1}, 'with data=5'),
+    ({'data': -1, 'model': -1}, 'cannot both be -1'),
+    ({'data': 0}, 'data=0 must be positive'),
+    ({'data': 2, 'model': -2}, 'model=-2 must be positive'),
+  ],
 )
 def test_make_mesh_refuses(sizes, match):
   with pytest.raises(ValueError, match=match):
@@ -64,28 +64,28 @@ def test_first_matching_rule_decides():
   shardings = tree_shardings(PARAMS, make_mesh(2, 4), RULES)
   specs = jax.tree.map(lambda s: s.spec, shardings)
   assert specs == {
-      'blocks': {'up': {'kernel': P(None, 'model'), 'bias': P('model')}},
-      'head': {'kernel': P()},
+    'blocks': {'up': {'kernel': P(None, 'model'), 'bias': P('model')}},
+    'head': {'kernel': P()},
   }
 
 
 @pytest.mark.parametrize(
-    'rules, match',
-    [
-        (RULES[:2], "no sharding rule covers the parameter 'head/kernel'"),
-        # Patterns match whole paths: `kernel` alone covers nothing.
-        ([('kernel', P()), ('blocks.*', P())], "'head/kernel'"),
-        (
-            [('head/kernel', P(None, 'model')), ('.*', P())],
-            r'dimension 1 of head/kernel, shape \(16, 6\).*4 parts.*axis model',
-        ),
-        (
-            [('head/kernel', P(None, ('data', 'model'))), ('.*', P())],
-            '8 parts over mesh axis dataxmodel',
-        ),
-        ([('blocks/up/bias', P(None, 'model')), ('.*', P())], 'more entries'),
-        ([('.*', P('rows'))], "names the mesh axis 'rows'"),
-    ],
+  'rules, match',
+  [
+    (RULES[:2], "no sharding rule covers the parameter 'head/kernel'"),
+    # Patterns match whole paths: `kernel` alone covers nothing.
+    ([('kernel', P()), ('blocks.*', P())], "'head/kernel'"),
+    (
+      [('head/kernel', P(None, 'model')), ('.*', P())],
+      r'dimension 1 of head/kernel, shape \(16, 6\).*4 parts.*axis model',
+    ),
+    (
+      [('head/kernel', P(None, ('data', 'model'))), ('.*', P())],
+      '8 parts over mesh axis dataxmodel',
+    ),
+    ([('blocks/up/bias', P(None, 'model')), ('.*', P())], 'more entries'),
+    ([('.*', P('rows'))], "names the mesh axis 'rows'"),
+  ],
 )
 def test_rules_that_do_not_fit(rules, match):
   with pytest.raises(ValueError, match=match):
@@ -93,18 +93,18 @@ def test_rules_that_do_not_fit(rules, match):
 
 
 OPTIMIZERS = {
-    'sgd': optax.sgd(0.1),
-    'adamw': optax.adamw(0.1),
-    'chain': optax.chain(optax.clip(1.0), optax.adam(0.1), optax.ema(0.9)),
-    'adafactor': optax.adafactor(0.1, min_dim_size_to_factor=4),
-    'injected': optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
-    'every second': optax.MultiSteps(
-        optax.adam(0.1), 2
-    ).gradient_transformation(),
-    'by label': optax.multi_transform(
-        {'a': optax.adam(0.1), 'b': optax.set_to_zero()},
-        {'blocks': 'a', 'head': 'b'},
-    ),
+  'sgd': optax.sgd(0.1),
+  'adamw': optax.adamw(0.1),
+  'chain': optax.chain(optax.clip(1.0), optax.adam(0.1), optax.ema(0.9)),
+  'adafactor': optax.adafactor(0.1, min_dim_size_to_factor=4),
+  'injected': optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
+  'every second': optax.MultiSteps(
+    optax.adam(0.1), 2
+  ).gradient_transformation(),
+  'by label': optax.multi_transform(
+    {'a': optax.adam(0.1), 'b': optax.set_to_zero()},
+    {'blocks': 'a', 'head': 'b'},
+  ),
 }
 
 
@@ -113,8 +113,11 @@ def test_optimizer_state_follows_parameters(name):
   """Each moment of `up/kernel` is split as it is; the state is born so."""
   optimizer = OPTIMIZERS[name]
   state = init_state(
-      lambda key: PARAMS, optimizer, jax.random.key(0),
-      mesh=make_mesh(2, 4), rules=RULES,
+    lambda key: PARAMS,
+    optimizer,
+    jax.random.key(0),
+    mesh=make_mesh(2, 4),
+    rules=RULES,
   )
   alone = optimizer.init(PARAMS)
   leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
@@ -160,8 +163,10 @@ def test_state_shardings_allocate_nothing():
 def test_mesh_and_rules_come_together():
   with pytest.raises(ValueError, match='together'):
     init_state(
-        lambda key: PARAMS, optax.sgd(0.1), jax.random.key(0),
-        mesh=make_mesh(2, 4),
+      lambda key: PARAMS,
+      optax.sgd(0.1),
+      jax.random.key(0),
+      mesh=make_mesh(2, 4),
     )
 
 

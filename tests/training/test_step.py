@@ -10,12 +10,12 @@ import optax
 import pytest
 
 from idesign.training import (
-    init_state,
-    make_mesh,
-    make_train_step,
-    mean_gradient,
-    shard_batch,
-    state_shardings,
+  init_state,
+  make_mesh,
+  make_train_step,
+  mean_gradient,
+  shard_batch,
+  state_shardings,
 )
 
 SIZE, D_IN, D_OUT = 12, 5, 4
@@ -23,8 +23,8 @@ SIZE, D_IN, D_OUT = 12, 5, 4
 
 def init(key):
   return {
-      'w': jax.random.normal(key, (D_IN, D_OUT)),
-      'b': jnp.zeros(D_OUT),
+    'w': jax.random.normal(key, (D_IN, D_OUT)),
+    'b': jnp.zeros(D_OUT),
   }
 
 
@@ -41,8 +41,8 @@ def noisy_loss(params, batch):
 def make_batch(seed=0, size=SIZE, weight='none'):
   rng = np.random.default_rng(seed)
   batch = {
-      'x': rng.normal(size=(size, D_IN)).astype(np.float32),
-      'y': rng.normal(size=(size, D_OUT)).astype(np.float32),
+    'x': rng.normal(size=(size, D_IN)).astype(np.float32),
+    'y': rng.normal(size=(size, D_OUT)).astype(np.float32),
   }
   if weight == 'random':
     batch['weight'] = rng.uniform(0.1, 3, size).astype(np.float32)
@@ -57,7 +57,7 @@ def assert_close(actual, expected, dtype=np.float32):
   expected = np.asarray(expected, np.float64)
   tolerance = 32 * float(jnp.finfo(dtype).eps) * np.abs(expected).max()
   np.testing.assert_allclose(
-      np.asarray(actual, np.float64), expected, rtol=0, atol=tolerance
+    np.asarray(actual, np.float64), expected, rtol=0, atol=tolerance
   )
 
 
@@ -72,9 +72,7 @@ def test_mean_gradient(weight, accumulate):
   value_B = np.asarray(loss(params, batch), np.float64)
   gradient_B = jax.jacrev(loss)(params, batch)
   with jax.numpy_dtype_promotion('strict'):
-    value, gradient = mean_gradient(
-        loss, params, batch, accumulate=accumulate
-    )
+    value, gradient = mean_gradient(loss, params, batch, accumulate=accumulate)
   assert_close(value, weights @ value_B / weights.sum())
   for name, grad in gradient.items():
     assert grad.dtype == params[name].dtype
@@ -84,15 +82,17 @@ def test_mean_gradient(weight, accumulate):
 
 def test_bfloat16_gradients_are_summed_in_float32():
   params = jax.tree.map(
-      lambda x: x.astype(jnp.bfloat16), init(jax.random.key(0))
+    lambda x: x.astype(jnp.bfloat16), init(jax.random.key(0))
   )
   # 512 equal gradients: a bfloat16 sum of them stops growing at 2^8 of a term.
   batch = jax.tree.map(lambda x: np.tile(x[:1], (512, 1)), make_batch())
   cast = lambda p, b: loss(p, jax.tree.map(lambda x: x.astype(jnp.bfloat16), b))
   first = lambda p: cast(p, jax.tree.map(lambda x: x[:1], batch))[0]
   value, gradient = mean_gradient(
-      lambda p, b: cast(p, {'x': b['x'], 'y': b['y']}),
-      params, batch, accumulate=512,
+    lambda p, b: cast(p, {'x': b['x'], 'y': b['y']}),
+    params,
+    batch,
+    accumulate=512,
   )
   assert value.dtype == jnp.float32
   expected = jax.grad(first)(params)
@@ -101,8 +101,9 @@ def test_bfloat16_gradients_are_summed_in_float32():
     exact = np.asarray(expected[name], np.float64)
     # The factor 1/512 is exact; what is left is the rounding to bfloat16.
     np.testing.assert_allclose(
-        np.asarray(grad, np.float64), exact,
-        rtol=2 * float(jnp.finfo(jnp.bfloat16).eps),
+      np.asarray(grad, np.float64),
+      exact,
+      rtol=2 * float(jnp.finfo(jnp.bfloat16).eps),
     )
 
 
@@ -115,7 +116,7 @@ def test_accumulated_steps_equal_whole_ones(weight, mesh):
     on = None if mesh is None else make_mesh(*mesh)
     rules = None if mesh is None else [('.*', P())]
     state = init_state(
-        init, optax.sgd(0.1), jax.random.key(0), mesh=on, rules=rules
+      init, optax.sgd(0.1), jax.random.key(0), mesh=on, rules=rules
     )
     step = make_train_step(noisy_loss, optax.sgd(0.1), accumulate=accumulate)
     losses = []
@@ -138,8 +139,8 @@ def test_noise_depends_on_step_and_example_only():
 
   def spy(params, batch):
     jax.debug.callback(
-        lambda data: seen.append(np.asarray(data)),
-        jax.random.key_data(batch['key']),
+      lambda data: seen.append(np.asarray(data)),
+      jax.random.key_data(batch['key']),
     )
     return loss(params, batch)
 
@@ -147,9 +148,9 @@ def test_noise_depends_on_step_and_example_only():
   state = init_state(init, optax.sgd(0.0), jax.random.key(3))
   root = jax.random.clone(state.key)
   expected = [
-      jax.random.key_data(jax.random.fold_in(jax.random.fold_in(root, n), i))
-      for n in range(2)
-      for i in range(4)
+    jax.random.key_data(jax.random.fold_in(jax.random.fold_in(root, n), i))
+    for n in range(2)
+    for i in range(4)
   ]
   for _ in range(2):
     state, _ = step(state, batch)
@@ -166,13 +167,13 @@ def test_metrics():
   updates, _ = optimizer.update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   flat = lambda tree: np.concatenate(
-      [np.ravel(x) for x in jax.tree.leaves(tree)]
+    [np.ravel(x) for x in jax.tree.leaves(tree)]
   )
   expected = {
-      'loss': value,
-      'grad_norm': np.linalg.norm(flat(gradient)),
-      'update_norm': np.linalg.norm(flat(updates)),
-      'param_norm': np.linalg.norm(flat(params)),
+    'loss': value,
+    'grad_norm': np.linalg.norm(flat(gradient)),
+    'update_norm': np.linalg.norm(flat(updates)),
+    'param_norm': np.linalg.norm(flat(params)),
   }
   state, metrics = make_train_step(loss, optimizer)(state, batch)
   assert int(state.step) == 1
@@ -190,7 +191,7 @@ def scale_by(name):
     return jax.tree.map(lambda u: u * extra[name], updates), state
 
   return optax.GradientTransformationExtraArgs(
-      lambda params: optax.EmptyState(), update
+    lambda params: optax.EmptyState(), update
   )
 
 
@@ -211,18 +212,22 @@ def test_extra_arguments_reach_the_optimizer(accumulate):
   assert_close(moved(valued)[0], value * plain)
   # A transformation that takes no extra arguments is not given any.
   halved = optax.GradientTransformation(
-      lambda params: optax.EmptyState(),
-      lambda updates, state, params: (
-          jax.tree.map(lambda u: -0.5 * u, updates), state
-      ),
+    lambda params: optax.EmptyState(),
+    lambda updates, state, params: (
+      jax.tree.map(lambda u: -0.5 * u, updates),
+      state,
+    ),
   )
   assert_close(moved(halved, gate=jnp.float32(3))[0], plain)
 
 
 COMPILATIONS = []
 jax.monitoring.register_event_duration_secs_listener(
-    lambda name, duration, **_: COMPILATIONS.append(name)
-    if name.endswith('backend_compile_duration') else None
+  lambda name, duration, **_: (
+    COMPILATIONS.append(name)
+    if name.endswith('backend_compile_duration')
+    else None
+  )
 )
 
 
@@ -237,7 +242,7 @@ def test_compiles_once_and_donates(mesh, accumulate):
   if mesh is not None:
     shardings = state_shardings(state, on, rules)
   step = make_train_step(
-      noisy_loss, optimizer, accumulate=accumulate, shardings=shardings
+    noisy_loss, optimizer, accumulate=accumulate, shardings=shardings
   )
   batches = [make_batch(seed, 16) for seed in range(4)]
   if mesh is not None:
@@ -260,11 +265,13 @@ def test_microbatches_move_no_data_between_devices(size):
   """Each is spread over the shards as the batch was: nothing but sums."""
   mesh = make_mesh(*size)
   state = init_state(
-      init, optax.sgd(0.1), jax.random.key(0), mesh=mesh, rules=[('.*', P())]
+    init, optax.sgd(0.1), jax.random.key(0), mesh=mesh, rules=[('.*', P())]
   )
   step = make_train_step(
-      noisy_loss, optax.sgd(0.1), accumulate=2,
-      shardings=state_shardings(state, mesh, [('.*', P())]),
+    noisy_loss,
+    optax.sgd(0.1),
+    accumulate=2,
+    shardings=state_shardings(state, mesh, [('.*', P())]),
   )
   program = step.lower(state, shard_batch(make_batch(size=16), mesh)).compile()
   moves = re.findall(r' (all-[a-z]+|collective-[a-z]+)\(', program.as_text())
@@ -272,14 +279,14 @@ def test_microbatches_move_no_data_between_devices(size):
 
 
 @pytest.mark.parametrize(
-    'change, match',
-    [
-        (lambda b: {**b, 'y': b['y'][:5]}, 'x: 12, y: 5'),
-        (lambda b: {**b, 'y': np.float32(1)}, 'y: None'),
-        (lambda b: {}, 'no array'),
-        (lambda b: {**b, 'weight': np.ones((12, 2))}, r'weight.*\(12, 2\)'),
-        (lambda b: {**b, 'key': np.ones(12)}, 'added by the step'),
-    ],
+  'change, match',
+  [
+    (lambda b: {**b, 'y': b['y'][:5]}, 'x: 12, y: 5'),
+    (lambda b: {**b, 'y': np.float32(1)}, 'y: None'),
+    (lambda b: {}, 'no array'),
+    (lambda b: {**b, 'weight': np.ones((12, 2))}, r'weight.*\(12, 2\)'),
+    (lambda b: {**b, 'key': np.ones(12)}, 'added by the step'),
+  ],
 )
 def test_bad_batches(change, match):
   state = init_state(init, optax.sgd(0.1), jax.random.key(0))
@@ -291,7 +298,7 @@ def test_bad_batches(change, match):
 def test_accumulate_must_divide(accumulate):
   with pytest.raises(ValueError, match=f'accumulate={accumulate} .* 12 examp'):
     mean_gradient(
-        loss, init(jax.random.key(0)), make_batch(), accumulate=accumulate
+      loss, init(jax.random.key(0)), make_batch(), accumulate=accumulate
     )
 
 

@@ -1,0 +1,207 @@
+"""Finding the weight sites of a loss: where a selected parameter meets data."""
+
+from __future__ import annotations
+
+import jax
+
+from idesign.sites import _jaxpr
+from idesign.sites._site import Product, Site, Sites, Use, View
+from idesign.sites.selection import Pattern, SelectionError
+
+# Primitives that only lay a parameter out anew; values are moved, not mixed.
+_MOVES = frozenset({'transpose', 'reshape', 'squeeze', 'slice', 'rev'})
+_SAME = frozenset({
+    'convert_element_type', 'reduce_precision', 'copy', 'copy_p', 'name',
+    'sharding_constraint', 'mesh_cast', 'reshard', 'optimization_barrier',
+})  # fmt: skip
+
+
+class UnsupportedUseError(ValueError):
+  """A selected parameter reaches a primitive that sites cannot look into."""
+
+  def __init__(self, path: str, primitive: str, why: str):
+    super().__init__(
+      f'Parameter {path!r} reaches {primitive!r}: {why} Select other '
+      'parameters, or use idesign.sites.vmap_grad, the plain per-example '
+      'gradient, which handles any primitive.'
+    )
+
+
+class _Walk:
+  """One pass over a jaxpr; collects sites and other uses."""
+
+  def __init__(self, num_examples: int, example_axis: int):
+    self.num_examples = num_examples
+    self.example_axis = example_axis
+    self.found: list[tuple[View, Product, Any, Any]] = []
+    self.unread: list[Use] = []
+
+  def jaxpr(self, jaxpr, views: list[View | None], plan) -> list[View | None]:
+    env = {v: view for v, view in zip(jaxpr.invars, views) if view is not None}
+    for i, eqn in enumerate(jaxpr.eqns):
+      operands = [
+        None if _jaxpr.is_literal(v) else env.get(v) for v in eqn.invars
+      ]
+      if any(v is not None for v in operands):
+        outs = self.equation(i, eqn, operands, plan)
+        env.update({v: o for v, o in zip(eqn.outvars, outs) if o is not None})
+    return [None if _jaxpr.is_literal(v) else env.get(v) for v in jaxpr.outvars]
+
+  def equation(self, i, eqn, operands, plan) -> list[View | None]:
+    name = eqn.primitive.name
+    if name == 'dot_general':
+      self.dot(i, eqn, operands, plan)
+    elif name == 'scan':
+      return self.scan(i, eqn, operands, plan)
+    elif name in _jaxpr.CALLS or name in _jaxpr.REMATS:
+      body, _ = _jaxpr.inner(eqn)
+      below = _jaxpr.Plan()
+      outs = self.jaxpr(body, operands, below)
+      if below.keys():
+        plan.inside[i] = below
+      return outs
+    elif name in _SAME:
+      return operands
+    elif name in _MOVES or (name == 'broadcast_in_dim' and _keeps_size(eqn)):
+      return [operands[0] and operands[0].moved(eqn)]
+    else:
+      for view in self.selected(operands):
+        if _jaxpr.inner_jaxprs(eqn):
+          raise UnsupportedUseError(
+            view.path, name, 'its own rules would be lost by looking inside.'
+          )
+        self.use(view, name, eqn.outvars[0].aval.shape)
+    return [None] * len(eqn.outvars)
+
+  def selected(self, operands) -> list[View]:
+    return [v for v in operands if v is not None and v.pattern is not None]
+
+  def use(self, view: View, primitive: str, shape) -> None:
+    self.unread.append(Use(view.path, primitive, tuple(shape)))
+
+  def scan(self, i, eqn, operands, plan) -> list[View | None]:
+    parts = _jaxpr.scan_parts(eqn)
+    n, m = parts.num_consts, parts.num_consts + parts.num_carry
+    for view in self.selected(operands[n:m]):
+      raise UnsupportedUseError(
+        view.path, 'scan', 'as a carry it may change from step to step.'
+      )
+    below = _jaxpr.Plan()
+    consts = [v and v.constant_across(parts.length) for v in operands[:n]]
+    xs = [v and v.sliced_by(parts.length, below) for v in operands[m:]]
+    first = len(self.found)
+    outs = self.jaxpr(
+      parts.body, [*consts, *[None] * parts.num_carry, *xs], below
+    )
+    # Module systems carry their parameters through a loop and out again.
+    out_views = [v and v.restacked_from(below) for v in outs]
+    for view, kept, var in zip(outs, out_views, eqn.outvars):
+      if view is not None and view.pattern is not None and kept is None:
+        self.use(view, 'scan output', var.aval.shape)
+    if below.keys():
+      plan.inside[i] = below
+    for key in range(first, len(self.found)):
+      view = self.found[key][0]
+      if id(below) not in view.slicers:
+        continue
+      below.scanned.add(key)
+      steps = view.pattern.steps(parts.length)
+      if steps is not None:
+        below.steps[key] = steps
+    return out_views
+
+  def dot(self, i, eqn, operands, plan) -> None:
+    out = eqn.outvars[0].aval
+    chosen = self.selected(operands)
+    if chosen and all(v is not None for v in operands):
+      for view in chosen:
+        self.use(view, 'dot_general of two parameters', out.shape)
+      return
+    for view in chosen:
+      weight_first = operands[0] is not None
+      contract, batch = eqn.params['dimension_numbers']
+      (w_contract, x_contract), (w_batch, _) = (
+        (contract, batch) if weight_first else (contract[::-1], batch[::-1])
+      )
+      w, x = eqn.invars if weight_first else eqn.invars[::-1]
+      if w_batch:
+        raise UnsupportedUseError(
+          view.path, 'dot_general', 'the weight has a batch axis of its own.'
+        )
+      if view.pattern.layers is not None and len(view.stack) != 1:
+        raise SelectionError(
+          f'{view.pattern.text!r} asks for layers, but {view.path!r} is '
+          f'sliced by {len(view.stack)} scans; layers need exactly one.'
+        )
+      x, w = x.aval, w.aval
+      x_free = tuple(a for a in range(x.ndim) if a not in x_contract)
+      axis = self.example_axis
+      if axis not in x_free or x.shape[axis] != self.num_examples:
+        raise UnsupportedUseError(
+          view.path,
+          'dot_general',
+          f'axis {axis} of the layer input {x.str_short()} is not the '
+          f'{self.num_examples} examples of the loss. Name the example axis '
+          'with example_axis.',
+        )
+      product = Product(
+          weight_first, axis, x_free, tuple(x_contract),
+          tuple(a for a in range(w.ndim) if a not in w_contract),
+          tuple(w_contract), tuple(w.shape),
+      )  # fmt: skip
+      plan.marks[i] = (len(self.found),)
+      self.found.append((view, product, x, out))
+
+
+def _keeps_size(eqn) -> bool:
+  return eqn.invars[0].aval.size == eqn.outvars[0].aval.size
+
+
+def find(
+    closed, paths: list[str | None], chosen: dict[str, Pattern],
+    num_examples: int, example_axis: int,
+) -> tuple[Sites, _jaxpr.Plan]:  # fmt: skip
+  """Finds the sites of a traced loss.
+
+  Args:
+    closed: the loss's jaxpr.
+    paths: for each argument of the jaxpr the path of the parameter it is, or
+      None where it is data.
+    chosen: the selected paths.
+    num_examples: `B`.
+    example_axis: which axis of every layer input is the example.
+
+  Returns:
+    The sites, and the plan whose keys are their indices.
+  """
+  walk = _Walk(num_examples, example_axis)
+  plan = _jaxpr.Plan()
+  views = [None if p is None else View(p, chosen.get(p)) for p in paths]
+  outs = walk.jaxpr(closed.jaxpr, views, plan)
+  for view in walk.selected(outs):
+    walk.use(view, 'the loss itself', ())
+
+  counts: dict[str, int] = {}
+  for view, *_ in walk.found:
+    counts[view.path] = counts.get(view.path, 0) + 1
+  seen: dict[str, int] = {}
+  sites = []
+  for view, product, x, out in walk.found:
+    k = seen[view.path] = seen.get(view.path, -1) + 1
+    several = counts[view.path] > 1
+    x_aval = jax.eval_shape(product.x, x)
+    dy_aval = jax.eval_shape(product.dy, out)
+    layers = view.pattern.steps(view.stack[0]) if len(view.stack) == 1 else None
+    sites.append(Site(
+        name=f'{view.path}#{k}' if several else view.path,
+        path=view.path,
+        num_positions=x_aval.shape[1],
+        d_in=x_aval.shape[2],
+        d_out=dy_aval.shape[2],
+        stack=view.stack if layers is None else (layers[1] - layers[0],),
+        layers=layers,
+        loops=view.loops,
+        shared=several or view.loops > 1,
+        view=view, product=product, x_aval=x_aval, dy_aval=dy_aval,
+    ))  # fmt: skip
+  return Sites(tuple(sites), tuple(walk.unread)), plan
