@@ -15,6 +15,13 @@ frozen in the config. Controls: rank truncation, and a random choice of equally
 many components, each with a grid of the same size; at the operating point also
 a random choice of exactly as many components.
 
+Of the claims one does not hold for the MLP: the published ViT gained 4.7 points
+of validation accuracy, ours loses about 1.6 of test accuracy. The rule of
+choice spends up to 2 points of held-out accuracy on forgetting; edits that drop
+less (0.5 % kept instead of 0.3 %) keep the accuracy of the unedited network and
+still do not raise it. This network loses little by its wrong labels to begin
+with, so there is little to win back.
+
 Run: see `configs/memorization.py`.
 """
 
@@ -452,9 +459,11 @@ def run(config, folder: pathlib.Path) -> None:
 
   results = workdir.results
   if config.preset == 'choose':
+    claims = []  # Nothing is claimed of the seeds that were chosen on.
     for arm in config.arms:
       print(f'operating point of {arm}: {choose(results, seeds, arm)}')
-  claims = make_claims(config, results, seeds)
+  else:
+    claims = make_claims(config, results, seeds)
   contract.save_claims(workdir.path / 'claims.json', claims)
   memorization_figures.draw(workdir.path)
 

@@ -158,7 +158,5 @@ def _bars(results, config, seeds):
       xticks=np.arange(len(metrics)), xticklabels=list(metrics.values()),
       ylabel='%', ylim=(0, 103),
   )  # fmt: skip
-  axis.legend(
-    fontsize=7.5, loc='upper center', ncols=3, bbox_to_anchor=(0.5, 1.2)
-  )
+  figure.legend(fontsize=7.5, loc='outside upper center', ncols=3)
   return figure

@@ -1,4 +1,8 @@
-"""Eight virtual CPU devices, so that every sharded path runs on a laptop."""
+"""Eight virtual CPU devices, so that every sharded path runs on a laptop.
+
+Most of a test's time is compilation, so XLA is asked to optimise little; no
+test here is about speed.
+"""
 
 import os
 
@@ -10,3 +14,4 @@ os.environ['XLA_FLAGS'] = (
 import jax  # pylint: disable=g-import-not-at-top
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_disable_most_optimizations', True)

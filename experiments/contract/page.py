@@ -10,6 +10,7 @@ import base64
 import html
 import json
 import pathlib
+from typing import Any
 
 from experiments.contract.workdir import write_text
 
@@ -25,9 +26,26 @@ img { max-width: 100%; margin: .5rem 0; border: 1px solid #eee }
 """
 
 
+def _read(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  return json.loads((workdir / 'claims.json').read_text('utf-8'))
+
+
+def markdown(workdir: pathlib.Path) -> str:
+  """The claims of a run as the README shows them."""
+  rows = ['| claim | mean [95 % interval] | target | |', '|---|---|---|---|']
+  for c in _read(workdir):
+    low, high = c['ci95']
+    sign = {'>=': '≥', '<=': '≤'}[c['comparator']]
+    rows.append(
+      f'| {c["statement"]} | {c["value"]:.1f} [{low:.1f}, {high:.1f}] '
+      f'| {sign} {c["target"]:g} | {"holds" if c["passed"] else "**fails**"} |'
+    )
+  return '\n'.join(rows) + '\n'
+
+
 def _claims(workdir: pathlib.Path) -> str:
   rows = []
-  for c in json.loads((workdir / 'claims.json').read_text('utf-8')):
+  for c in _read(workdir):
     verdict = 'holds' if c['passed'] else 'fails'
     low, high = c['ci95']
     sign = {'>=': '≥', '<=': '≤'}[c['comparator']]
@@ -77,7 +95,8 @@ def write_page(root: pathlib.Path) -> pathlib.Path:
       f'No claims.json under {root / "results"} or {root / "runs"}; run an '
       'experiment first, for example with scripts/reproduce.'
     )
-  sections = [_section(p.parent) for p in found]
+  # A run that only chooses settings claims nothing.
+  sections = [_section(p.parent) for p in found if _read(p.parent)]
   page = (
     '<!doctype html><meta charset="utf-8"><title>idesign results</title>'
     f'<style>{_STYLE}</style><h1>idesign: claims</h1>\n'

@@ -163,3 +163,13 @@ def test_bad_commands_are_refused_before_work(tmp_path, argument, message):
   assert run.returncode != 0
   assert message in run.stderr + run.stdout
   assert not (tmp_path / 'run').exists()
+
+
+def test_the_readme_shows_the_committed_claims():
+  """Its numbers are those of `results/`, not typed in."""
+  text = (ROOT / 'README.md').read_text('utf-8')
+  results = [p.parent for p in (ROOT / 'results').glob('*/claims.json')]
+  tables = [page.markdown(p) for p in results if 'choose' not in p.name]
+  assert tables
+  for table in tables:
+    assert table in text
