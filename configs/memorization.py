@@ -118,7 +118,8 @@ def _vit(config):
       'patch_size': 2, 'd_model': 64, 'n_heads': 4, 'd_ff': 256, 'n_layers': 3,
   })  # fmt: skip
   config.batch_size = 128
-  config.epochs = 200
+  config.epochs = 100
+  config.num_seeds = 5
   config.learning_rate = 1e-3
   config.weight_decay = 1.0
   up, down = 'blocks/mlp/up/kernel', 'blocks/mlp/down/kernel'
@@ -133,12 +134,12 @@ def _vit(config):
   )
   config.operating_points = ml_collections.ConfigDict(
     {
-      'kfac': (0, 0.1),
-      'svd': (0, 0.2),
-      'random': (0, 0.9),
-      'kfac_t1': (0, 0.9),
-      'kfac_t10': (0, 0.1),
-      'kfac_gold': (0, 0.1),
+      'kfac': (5, 0.2),
+      'svd': (2, 0.3),
+      'random': (4, 0.925),
+      'kfac_t1': (3, 0.995),
+      'kfac_t10': (5, 0.2),
+      'kfac_gold': (5, 0.2),
     }
   )
 

@@ -36,9 +36,12 @@ class Statistic:
 
 
 def _einsum(spec: str, *operands: Array) -> Array:
-  """Sums in at least float32, whatever the operands' dtype."""
-  dtype = jnp.promote_types(jnp.float32, operands[0].dtype)
-  return jnp.einsum(spec, *operands, preferred_element_type=dtype)
+  """Sums in float32, or in float64 where an operand is."""
+  dtypes = {x.dtype for x in operands}
+  wide = jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32
+  if len(dtypes) > 1:  # Such as a bfloat16 input of a float32 output.
+    operands = [x.astype(wide) for x in operands]
+  return jnp.einsum(spec, *operands, preferred_element_type=wide)
 
 
 def _input_moment(x: Float[Array, 'B T I'], dy) -> Float[Array, 'I I']:

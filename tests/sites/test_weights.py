@@ -11,6 +11,7 @@ from idesign import sites
 
 B, T, D, F, L = 4, 5, 6, 7, 4
 EPS = float(jnp.finfo(jnp.float32).eps)
+BF16 = jnp.bfloat16
 
 
 def close(actual, expected, roundings=64):
@@ -249,7 +250,8 @@ def test_a_mask_removes_positions_from_every_statistic():
     return jnp.sum(jnp.cos(x @ params['w']), axis=(1, 2))
 
   def masked_loss(params, x):
-    return jnp.sum(jnp.cos(x @ params['w']) * mask[:, :, None], axis=(1, 2))
+    kept = jnp.where(mask[:, :, None], jnp.cos(x @ params['w']), 0.0)
+    return jnp.sum(kept, axis=(1, 2))
 
   statistics = {'g': sites.per_example_gradient, 'a': sites.input_moment}
   values = sites.collect(loss, statistics)(params, X, mask=mask).values
@@ -421,7 +423,8 @@ def test_patterns_match_whole_paths():
         (lambda w, x: x @ w.T, (F, D)),
         (lambda w, x: jnp.einsum('btd,dhk->bthk', x, w), (D, 2, 3)),
         (lambda w, x: x @ w[1], (2, D, F)),
-        (lambda w, x: x @ w.astype(jnp.bfloat16).reshape(D, -1), (2, 3, F)),
+        (lambda w, x: x.astype(BF16) @ w.astype(BF16).reshape(D, -1),
+         (2, 3, F)),
         (lambda w, x: jax.lax.scan(lambda h, u: (h @ u, None), x, w)[0],
          (L, D, D)),
     ],
@@ -485,3 +488,22 @@ def test_the_same_on_a_mesh_of_eight_devices():
   assert len(g.sharding.device_set) == 8
   assert g.addressable_shards[0].data.size < g.size
   jax.tree.map(lambda a, b: close(a, b, 256), spread, alone)
+
+
+def test_inputs_and_outputs_of_different_dtypes():
+  """A bfloat16 product that accumulates in float32 has a float32 cotangent."""
+
+  def loss(params, x):
+    logits = jnp.einsum(
+      'btd,df->btf',
+      x.astype(BF16),
+      params['w'].astype(BF16),
+      preferred_element_type=jnp.float32,
+    )
+    return jnp.sum(jnp.cos(logits), axis=(1, 2))
+
+  params = {'w': normal(1, D, F)}
+  g = sites.per_example_gradients(loss)(params, X)['w']
+  rounded = X.astype(BF16).astype(jnp.float32)
+  w = params['w'].astype(BF16).astype(jnp.float32)
+  close(g, jnp.einsum('bti,bto->bio', rounded, -jnp.sin(rounded @ w)))

@@ -28,7 +28,7 @@ def batch():
 
 def _loss(forward):
   def loss(params, batch):
-    error = (forward(params, batch['x']) - batch['y']).astype(jnp.float32)
+    error = forward(params, batch['x']).astype(jnp.float32) - batch['y']
     return jnp.sum(error**2, axis=(1, 2))
 
   return loss
