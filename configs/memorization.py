@@ -45,7 +45,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   )
   _TRAINING[world](config)
   config.arms = ('kfac', 'svd', 'random')
-  if name in ('paper', 'choose'):
+  if name != 'cpu':
     config.arms += ('kfac_t1', 'kfac_t10', 'kfac_gold')
   # Every arm has the same number of grid points: layer sets x strengths.
   shares = (

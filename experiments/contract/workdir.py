@@ -40,14 +40,19 @@ def fingerprint(*arrays: np.ndarray) -> str:
 
 def environment() -> dict[str, Any]:
   """Versions of every installed package, of Python, and the commit."""
-  git = subprocess.run(
-    ['git', 'rev-parse', 'HEAD'], cwd=_ROOT, capture_output=True, text=True
-  )
+
+  def git(*arguments):
+    run = subprocess.run(
+      ['git', *arguments], cwd=_ROOT, capture_output=True, text=True
+    )
+    return run.stdout.strip()
+
   packages = {
     d.metadata['Name']: d.version for d in importlib.metadata.distributions()
   }
   return {
-    'commit': git.stdout.strip() or 'unknown',
+    'commit': git('rev-parse', 'HEAD') or 'unknown',
+    'uncommitted_changes': bool(git('status', '--porcelain')),
     'python': platform.python_version(),
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
     'packages': dict(sorted(packages.items(), key=lambda p: p[0].lower())),

@@ -103,10 +103,15 @@ def edit_from(
   leaves = dict(zip(sites.leaf_paths(params), jax.tree.leaves(params)))
   original, edited, kept = {}, {}, {}
   for name, site in at.items():
-    if site.shared:
+    if site.shared or site.used_elsewhere:
       raise ValueError(
-        f'Parameter {site.path!r} meets data more than once; editing it at '
+        f'Parameter {site.path!r} is used more than once; editing it at '
         f'{name!r} would edit it everywhere. Deselect it.'
+      )
+    if site.layers is not None and name in (layers or {}):
+      raise ValueError(
+        f'Site {name!r} was found with layers {site.layers} already; find it '
+        'whole and choose layers here, or leave layers out.'
       )
     leaf = original[site.path] = leaves[site.path]
     matrix = np.asarray(site.matrix(leaf), np.float64)

@@ -79,11 +79,12 @@ class Factors(NamedTuple):
 
 
 def _normalized_output_moment(x, dy):
-  square = jnp.sum(dy.astype(jnp.float32) ** 2, axis=(1, 2), keepdims=True)
-  # rsqrt of the smallest normal number where an example has no gradient.
-  tiny = jnp.finfo(jnp.float32).tiny
-  unit = dy.astype(jnp.float32) * jax.lax.rsqrt(jnp.maximum(square, tiny))
-  return sites.output_moment.fn(x, unit)
+  dy = dy.astype(jnp.float32)
+  # At interpolation gradients are so small that their squares underflow.
+  largest = jnp.max(jnp.abs(dy), axis=(1, 2), keepdims=True)
+  dy = dy / jnp.where(largest > 0, largest, 1)
+  square = jnp.sum(dy**2, axis=(1, 2), keepdims=True)
+  return sites.output_moment.fn(x, dy / jnp.sqrt(jnp.maximum(square, 1)))
 
 
 def negative_log_likelihood(
@@ -125,7 +126,7 @@ def kfac_factors(
   outputs = (
     sites.output_moment
     if fisher.normalize == 'none'
-    else sites.Statistic(_normalized_output_moment, additive=True)
+    else sites.Statistic(_normalized_output_moment, additive=False)
   )
   moments = {'inputs': sites.input_moment, 'outputs': outputs}
 
@@ -136,7 +137,7 @@ def kfac_factors(
       raise ValueError("labels='gold' come from the data: pass labels.")
 
     def loss(params, batch):
-      inputs, drawn = batch
+      inputs, drawn, mask = batch
       logits = logits_fn(params, inputs) / fisher.temperature
       if fisher.labels == 'model':
         fixed = jax.lax.stop_gradient(logits).astype(jnp.float32)
@@ -146,7 +147,7 @@ def kfac_factors(
     read = sites.collect(loss, moments, select)
 
     def once(drawn) -> Factors:
-      out = read(params, (inputs, drawn), mask=mask)
+      out = read(params, (inputs, drawn, mask), mask=mask)
       return Factors(
         out.values['inputs'],
         out.values['outputs'],

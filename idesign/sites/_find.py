@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from idesign.sites import _jaxpr
 from idesign.sites._site import Product, Site, Sites, Use, View
@@ -20,6 +21,7 @@ class UnsupportedUseError(ValueError):
   """A selected parameter reaches a primitive that sites cannot look into."""
 
   def __init__(self, path: str, primitive: str, why: str):
+    self.path, self.primitive = path, primitive
     super().__init__(
       f'Parameter {path!r} reaches {primitive!r}: {why} Select other '
       'parameters, or use idesign.sites.vmap_grad, the plain per-example '
@@ -60,7 +62,7 @@ class _Walk:
       if below.keys():
         plan.inside[i] = below
       return outs
-    elif name in _SAME:
+    elif name in _SAME and _keeps_values(eqn):
       return operands
     elif name in _MOVES or (name == 'broadcast_in_dim' and _keeps_size(eqn)):
       return [operands[0] and operands[0].moved(eqn)]
@@ -77,7 +79,9 @@ class _Walk:
     return [v for v in operands if v is not None and v.pattern is not None]
 
   def use(self, view: View, primitive: str, shape) -> None:
-    self.unread.append(Use(view.path, primitive, tuple(shape)))
+    new = Use(view.path, primitive, tuple(shape))
+    if new not in self.unread:
+      self.unread.append(new)
 
   def scan(self, i, eqn, operands, plan) -> list[View | None]:
     parts = _jaxpr.scan_parts(eqn)
@@ -86,6 +90,13 @@ class _Walk:
       raise UnsupportedUseError(
         view.path, 'scan', 'as a carry it may change from step to step.'
       )
+    for view in self.selected(operands[m:]):
+      if view.pattern.layers is not None and view.moves:
+        raise SelectionError(
+          f'{view.pattern.text!r} asks for layers, but {view.path!r} is cut or '
+          'laid out anew before the scan, so its layers cannot be counted. '
+          'Select the whole stack.'
+        )
     below = _jaxpr.Plan()
     consts = [v and v.constant_across(parts.length) for v in operands[:n]]
     xs = [v and v.sliced_by(parts.length, below) for v in operands[m:]]
@@ -93,7 +104,11 @@ class _Walk:
     outs = self.jaxpr(
       parts.body, [*consts, *[None] * parts.num_carry, *xs], below
     )
-    # Module systems carry their parameters through a loop and out again.
+    for view in self.selected(outs[: parts.num_carry]):
+      raise UnsupportedUseError(
+        view.path, 'scan', 'it leaves a step as a carry, which is data.'
+      )
+    # Module systems pass their parameters through a loop and out again.
     out_views = [v and v.restacked_from(below) for v in outs]
     for view, kept, var in zip(outs, out_views, eqn.outvars):
       if view is not None and view.pattern is not None and kept is None:
@@ -153,6 +168,11 @@ class _Walk:
       self.found.append((view, product, x, out))
 
 
+def _keeps_values(eqn) -> bool:
+  # A cast to integers stops the gradient.
+  return all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars)
+
+
 def _keeps_size(eqn) -> bool:
   return eqn.invars[0].aval.size == eqn.outvars[0].aval.size
 
@@ -181,6 +201,7 @@ def find(
   for view in walk.selected(outs):
     walk.use(view, 'the loss itself', ())
 
+  elsewhere = {use.path for use in walk.unread}
   counts: dict[str, int] = {}
   for view, *_ in walk.found:
     counts[view.path] = counts.get(view.path, 0) + 1
@@ -202,6 +223,7 @@ def find(
         layers=layers,
         loops=view.loops,
         shared=several or view.loops > 1,
+      used_elsewhere=view.path in elsewhere,
         view=view, product=product, x_aval=x_aval, dy_aval=dy_aval,
     ))  # fmt: skip
   return Sites(tuple(sites), tuple(walk.unread)), plan

@@ -130,6 +130,8 @@ class Site:
       constant across a scan.
     shared: whether the parameter meets data more than once, here (`loops`) or
       at another site. Only additive statistics may then be read site by site.
+    used_elsewhere: whether the parameter also has uses that are not sites,
+      such as the gather of a tied embedding.
   """
 
   name: str
@@ -141,6 +143,7 @@ class Site:
   layers: tuple[int, int] | None
   loops: int
   shared: bool
+  used_elsewhere: bool
   view: View = dataclasses.field(repr=False)
   product: Product = dataclasses.field(repr=False)
   x_aval: jax.ShapeDtypeStruct = dataclasses.field(repr=False)

@@ -1,7 +1,9 @@
 """Capturing and editing activations that a model names with `checkpoint_name`.
 
 Neither uses a custom derivative: the result can be differentiated in both
-modes, vmapped, jitted, and captured or edited again.
+modes, vmapped, jitted, and captured or edited again. Edit first and
+differentiate the result: a function that already holds a gradient was
+differentiated before the edit, and runs some activations twice.
 """
 
 from __future__ import annotations
@@ -112,6 +114,12 @@ def _find(jaxpr, texts: Iterable[str]):
         f'{sorted({o.name for o in found})}. A model names one with '
         'jax.ad_checkpoint.checkpoint_name.'
       )
+    if pattern.layers and any(len(found[k].loops) > 1 for k in here):
+      raise SelectionError(
+        f'{text!r} asks for layers, but {pattern.name!r} is named inside '
+        'nested scans, where it is not clear which loop runs through layers. '
+        'Capture or edit it whole.'
+      )
     keys[text] = []
     for k, layers in _layers(pattern, here, found):
       key = _Wanted(k, text)
@@ -169,8 +177,9 @@ def capture(
     through them; a name that occurs once, outside a scan, has no such axis.
 
   Raises (when called or traced):
-    SelectionError: a name is unknown, selects no layer, or lies inside a
-      `while`, a `cond` or a custom derivative; lists the names found.
+    SelectionError: a name is unknown, selects no layer, asks for layers
+      inside nested scans, or lies inside a `while`, a `cond` or a custom
+      derivative; lists the names found.
     ValueError: occurrences of one name differ in shape.
   """
   texts = [names] if isinstance(names, str) else list(names)

@@ -62,11 +62,44 @@ def _traced(loss: Loss, params: PyTree, batch: PyTree, select, example_axis):
       'A loss returns one value per example, shape [B]; this one returns '
       f'{shapes}. Do not average over the batch.'
     )
-  data = [None] * len(jax.tree.leaves(batch))
-  sites, plan = _find.find(
-    closed, [*paths, *data], chosen, shapes[0][0], example_axis
-  )
+  arguments = [*paths, *[None] * len(jax.tree.leaves(batch))]
+  (size,) = shapes[0]
+  sites, plan = _find.find(closed, arguments, chosen, size, example_axis)
+  larger = _one_more_example(loss, params, batch, size, example_axis)
+  if larger is not None:
+    try:
+      _find.find(larger, arguments, chosen, size + 1, example_axis)
+    except _find.UnsupportedUseError as error:
+      raise _find.UnsupportedUseError(
+        error.path,
+        error.primitive,
+        f'axis {example_axis} of the layer input has the size of the batch, '
+        f'{size}, but does not grow with it, so it is not the examples. Name '
+        'the example axis with example_axis.',
+      ) from error
   return closed, sites, plan
+
+
+def _one_more_example(loss, params, batch, size: int, axis: int):
+  """The loss traced with one example more, to tell axes of equal size apart.
+
+  None if that cannot be traced, because the loss closes over arrays of this
+  batch's size; then only sizes are compared.
+  """
+
+  def grown(leaf):
+    shape = list(jnp.shape(leaf))
+    at = axis if len(shape) > axis and shape[axis] == size else 0
+    if shape and shape[at] == size:
+      shape[at] += 1
+    return jax.ShapeDtypeStruct(shape, jnp.result_type(leaf))
+
+  try:
+    closed, _ = _jaxpr.trace(loss, params, jax.tree.map(grown, batch))
+  except (TypeError, ValueError):
+    return None
+  same_contract = [a.shape for a in closed.out_avals] == [(size + 1,)]
+  return closed if same_contract else None
 
 
 def find_sites(
@@ -118,6 +151,10 @@ def collect(
   gradient. The sum of the losses is differentiated, so a statistic does not
   depend on how the user would average.
 
+  Example `b` of the loss must depend on row `b` of every layer input only (no
+  batch statistics, no shuffling of examples inside the model). That the example
+  axis is the one stated is checked by tracing the loss with one example more.
+
   Args:
     loss: `loss(params, batch) -> [B]`.
     statistics: what to read, by name; all in the same backward pass.
@@ -152,6 +189,13 @@ def collect(
         f'Selected parameters have uses that are not sites: {uses}. Narrow '
         "`select`, or pass unread='report' and read Readout.unread."
       )
+    for site in sites if mask is not None else ():
+      if site.loops > 1:
+        raise ValueError(
+          f'mask cannot be applied at {site.name!r}: its positions are the '
+          f'{site.loops} steps of a scan. Make the loss of those positions '
+          'zero and leave the mask out.'
+        )
     readings = [_readings(s, statistics, inputs or {}) for s in sites]
     flat = jax.tree.leaves((params, batch))
     num_params = len(jax.tree.leaves(params))

@@ -10,7 +10,9 @@ import jax
 
 # Only the colon form is a layer range, so that a regular expression may still
 # end in a character class.
-_LAYERS = re.compile(r'^(?P<name>.*)\[(?P<start>-?\d*):(?P<stop>-?\d*)\]$')
+_LAYERS = re.compile(
+  r'^(?P<name>.*)\[(?P<start>(-?\d+)?):(?P<stop>(-?\d+)?)\]$'
+)
 
 
 class SelectionError(ValueError):
@@ -54,9 +56,16 @@ def parse(text: str) -> Pattern:
 def leaf_paths(tree: Any) -> list[str]:
   """The path of every leaf, keys joined by `/`, in `jax.tree.leaves` order."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return [
+  paths = [
     jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves
   ]
+  if len(set(paths)) != len(paths):
+    twice = sorted({p for p in paths if paths.count(p) > 1})
+    raise ValueError(
+      f'Several parameters have the path {", ".join(twice)}; rename the keys '
+      'that hold a "/".'
+    )
+  return paths
 
 
 def match_paths(

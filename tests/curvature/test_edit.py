@@ -178,7 +178,7 @@ def test_shared_weights_missing_spectra_and_bad_layers_raise():
   tied = lambda p, x: jnp.tanh(x @ p['w']) @ p['w'].T
   w = {'w': jax.random.normal(jax.random.key(0), (D, F))}
   found = sites.find_sites(lambda p, x: tied(p, x).sum(-1), w, X).sites
-  with pytest.raises(ValueError, match="'w' meets data more than once"):
+  with pytest.raises(ValueError, match="'w' is used more than once"):
     tied_at = {s.name: s for s in found}
     curvature.keep_singular(
       w, tied_at, curvature.singular(w, tied_at), share=0.5
@@ -207,3 +207,23 @@ def test_a_spectrum_rebuilds_its_factor():
   expected = np.asarray(factors.inputs['blocks/down']) / len(X)
   np.testing.assert_allclose(rebuilt, expected, atol=1e-6 * expected.max())
   assert (np.diff(basis.input_values) <= 0).all()
+
+
+def test_a_tied_embedding_is_not_edited_behind_its_back():
+  e = {'e': jax.random.normal(jax.random.key(0), (7, D))}
+  loss = lambda p, t: jnp.sum(p['e'][t] @ p['e'].T, axis=(1, 2))
+  tokens = jnp.arange(8).reshape(2, 4) % 7
+  at = {s.name: s for s in sites.find_sites(loss, e, tokens).sites}
+  with pytest.raises(ValueError, match="'e' is used more than once"):
+    curvature.keep_singular(e, at, curvature.singular(e, at), share=0.5)
+
+
+def test_layers_are_chosen_once():
+  p, _, bases = setting()
+  loss = lambda p, x: apply(p, x).sum(-1)
+  found = sites.find_sites(loss, p, X, 'blocks/up[1:3]').sites
+  at = {s.name: s for s in found}
+  with pytest.raises(ValueError, match='layers .1, 3. already'):
+    curvature.keep_high_curvature(
+      p, at, bases, share=0.5, layers={'blocks/up': [1]}
+    )

@@ -7,6 +7,7 @@ import pytest
 
 from idesign import curvature
 from idesign import models
+from idesign import sites
 
 D, H, C = 4, 5, 3
 EPS = float(jnp.finfo(jnp.float32).eps)
@@ -177,3 +178,31 @@ def test_factors_of_a_scanned_stack():
   for i in range(3):
     close(a.inputs['w'][i], b.inputs[str(i)])
     close(a.outputs['w'][i], b.outputs[str(i)])
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1.0, 1e15])
+def test_normalization_does_not_underflow(scale):
+  net, params = network()
+  x, y = data(5)
+
+  def loss_scale(p, x):  # A gradient of any size, by the chain rule.
+    logits = net.apply(p, x)
+    return logits * scale + jax.lax.stop_gradient(logits * (1 - scale))
+
+  fisher = curvature.Fisher(labels='gold', normalize='example')
+  kernel = 'layer_1/kernel'
+  read = curvature.kfac_factors(loss_scale, kernel, fisher)
+  close(jnp.trace(read(params, x, labels=y).outputs[kernel]), 5.0)
+
+
+def test_normalizing_a_weight_that_a_scan_shares_raises():
+  w = jax.random.normal(jax.random.key(0), (D, D)) / 2
+  x, y = data(3)
+
+  def logits(p, x):
+    step = lambda h, _: (jnp.tanh(h @ p['w']), None)
+    return jax.lax.scan(step, x, None, length=3)[0]
+
+  fisher = curvature.Fisher(labels='gold', normalize='example')
+  with pytest.raises(sites.SharedWeightError):
+    curvature.kfac_factors(logits, 'w', fisher)({'w': w}, x, labels=y)

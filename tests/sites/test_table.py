@@ -8,8 +8,9 @@ import pytest
 from idesign import sites
 from tests.sites import zoo
 
-# Sums of about 100 products: a few dozen roundings of the largest entry.
-ROUNDINGS = 32
+# Sums of about 100 products in float32: a few dozen roundings of the largest
+# entry. In bfloat16 the reference itself is rounded, but sums are not.
+ROUNDINGS = {jnp.float32: 32, jnp.bfloat16: 2}
 
 
 def reference(case, batch):
@@ -22,7 +23,7 @@ def assert_close(actual, expected, dtype):
   error = np.abs(np.asarray(actual, np.float64) - expected).max()
   scale = np.abs(expected).max()
   assert scale > 0
-  assert error <= ROUNDINGS * float(jnp.finfo(dtype).eps) * scale
+  assert error <= ROUNDINGS[dtype] * float(jnp.finfo(dtype).eps) * scale
 
 
 @pytest.mark.parametrize('name', zoo.CASES)

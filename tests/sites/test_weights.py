@@ -9,7 +9,7 @@ import pytest
 
 from idesign import sites
 
-B, T, D, F, L = 4, 5, 6, 7, 4
+B, T, D, F, L = 3, 5, 6, 7, 4
 EPS = float(jnp.finfo(jnp.float32).eps)
 BF16 = jnp.bfloat16
 
@@ -244,7 +244,7 @@ def test_statistics_that_do_not_add_up_raise(kind):
 
 def test_a_mask_removes_positions_from_every_statistic():
   params = {'w': normal(1, D, F)}
-  mask = jnp.arange(T)[None, :] < jnp.array([5, 3, 1, 4])[:, None]
+  mask = jnp.arange(T)[None, :] < jnp.array([5, 3, 1])[:, None]
 
   def loss(params, x):
     return jnp.sum(jnp.cos(x @ params['w']), axis=(1, 2))
@@ -271,7 +271,7 @@ def test_the_example_axis_can_be_stated():
   )
   expected = jax.jacrev(time_major)(params, x)['w']
   close(read(params, x).values['g']['w'], expected)
-  with pytest.raises(sites.UnsupportedUseError, match='not the 4 examples'):
+  with pytest.raises(sites.UnsupportedUseError, match='not the 3 examples'):
     sites.find_sites(time_major, params, x)
 
 
@@ -430,7 +430,7 @@ def test_patterns_match_whole_paths():
     ],
 )  # fmt: skip
 def test_matrix_and_back_is_exact(use, shape):
-  loss = lambda p, x: jnp.sum(use(p['w'], x).reshape(B, -1), axis=1)
+  loss = lambda p, x: jnp.sum(use(p['w'], x).reshape(len(x), -1), axis=1)
   w = normal(1, *shape)
   (site,) = sites.find_sites(loss, {'w': w}, X).sites
   matrix = site.matrix(w)
@@ -441,7 +441,8 @@ def test_matrix_and_back_is_exact(use, shape):
   untouched = np.asarray(changed == w).sum()
   assert untouched == w.size - matrix.size
   gradient = sites.per_example_gradients(loss)({'w': w}, X)['w']
-  assert gradient.shape == (B, *shape)
+  rounding = float(jnp.finfo(BF16).eps) / EPS
+  close(gradient, sites.vmap_grad(loss, {'w': w}, X)['w'], 2 * rounding)
 
 
 # Compilation, sharding.
@@ -483,7 +484,8 @@ def test_the_same_on_a_mesh_of_eight_devices():
       'a': sites.input_moment, 's': sites.output_moment,
   }  # fmt: skip
   read = jax.jit(sites.collect(stack_loss, statistics))
-  alone, spread = read(params, X).values, read(sharded, put(X, 'data')).values
+  x = normal(3, 8, T, D)
+  alone, spread = read(params, x).values, read(sharded, put(x, 'data')).values
   g = spread['g']['blocks/up']
   assert len(g.sharding.device_set) == 8
   assert g.addressable_shards[0].data.size < g.size

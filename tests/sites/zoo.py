@@ -12,7 +12,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-B, T, D, F, H, L = 3, 5, 8, 12, 2, 3
+B, T, D, F, H, L = 4, 5, 8, 12, 2, 3
 
 
 class Case(NamedTuple):
