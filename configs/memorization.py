@@ -41,6 +41,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
     {
       'noise': 0.1,  # Share of training labels replaced by a wrong one.
       'train': 0.6,  # Of the images; the rest is halved: held out and test.
+      'images': 1797,  # How many; the first ones of the data set.
     }
   )
   _TRAINING[world](config)
@@ -76,6 +77,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   if name == 'smoke':
     config.num_seeds = 2
     config.epochs = 2
+    config.data.images = 300
     if world == 'mlp':
       config.model.hidden = (32, 32, 32)
     else:

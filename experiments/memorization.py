@@ -34,158 +34,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from sklearn import datasets
-from sklearn import model_selection
 import tqdm
 
-from experiments import contract
-from experiments import memorization_figures
-from idesign import curvature
-from idesign import models
-from idesign import sites
-from idesign import training
+from experiments import contract, memorization_figures
+from experiments.memorization_world import World, make_model, make_world, train
+from idesign import curvature, sites
 from idesign.sites import selection
 
-METRICS = ('memorized', 'recovered', 'clean', 'held_out', 'test')
 FISHER = {
   'kfac': curvature.Fisher(normalize='example', num_samples=8),
   'kfac_t1': curvature.Fisher(num_samples=8),
   'kfac_t10': curvature.Fisher(temperature=10.0, num_samples=8),
   'kfac_gold': curvature.Fisher(labels='gold', normalize='example'),
 }
-
-
-class World(NamedTuple):
-  """One seed's data; images `[N, 8, 8, 1]` centred, labels `[N]`."""
-
-  images: np.ndarray  # Training, held-out and test images, in this order.
-  labels: np.ndarray  # As trained on; some training labels are wrong.
-  truth: np.ndarray
-  split: np.ndarray  # 0 train, 1 held out, 2 test.
-  noisy: np.ndarray  # True where the label is wrong.
-
-  @property
-  def train(self) -> np.ndarray:
-    return self.split == 0
-
-
-def make_world(seed: int, noise: float, train: float) -> World:
-  """Splits the digits by class and replaces some training labels."""
-  images, truth = datasets.load_digits(return_X_y=True)
-  everything = np.arange(len(truth))
-  trained, rest = model_selection.train_test_split(
-    everything, train_size=train, stratify=truth, random_state=seed
-  )
-  held_out, test = model_selection.train_test_split(
-    rest, train_size=0.5, stratify=truth[rest], random_state=seed
-  )
-  order = np.concatenate([trained, held_out, test])
-  images = images[order].reshape(-1, 8, 8, 1) / 16
-  images = (images - images[: len(trained)].mean()).astype(np.float32)
-  truth = truth[order].astype(np.int32)
-  split = np.repeat([0, 1, 2], [len(trained), len(held_out), len(test)])
-  rng = np.random.default_rng(np.random.SeedSequence([seed, 1]))
-  noisy = np.zeros(len(order), bool)
-  wrong = rng.choice(len(trained), round(noise * len(trained)), replace=False)
-  noisy[wrong] = True
-  labels = truth.copy()
-  labels[wrong] = (labels[wrong] + rng.integers(1, 10, len(wrong))) % 10
-  return World(images, labels, truth, split, noisy)
-
-
-def make_model(config) -> models.Model:
-  """The classifier: `apply(params, [B, 8, 8, 1]) -> [B, 10]`."""
-  if config.world == 'mlp':
-    net = models.mlp(models.MLPConfig(64, tuple(config.model.hidden), 10))
-    flat = lambda params, x: net.apply(params, x.reshape(x.shape[0], 64))
-    return net._replace(apply=flat)
-  m = config.model
-  return models.vit(
-    models.ViTConfig(
-      image_size=8,
-      channels=1,
-      num_classes=10,
-      patch_size=m.patch_size,
-      d_model=m.d_model,
-      n_heads=m.n_heads,
-      d_ff=m.d_ff,
-      n_layers=m.n_layers,
-    )
-  )
-
-
-class _SeedBatches:
-  """One batch per seed, stacked: the data of several runs trained at once."""
-
-  def __init__(self, worlds: Sequence[World], seeds, batch_size: int):
-    self._streams = [
-      training.Batches(
-        {'image': w.images[w.train], 'label': w.labels[w.train]},
-        batch_size,
-        seed=seed,
-      )
-      for w, seed in zip(worlds, seeds)
-    ]
-    self.steps_per_epoch = self._streams[0].steps_per_epoch
-
-  def batch(self, step: int) -> dict[str, np.ndarray]:
-    batches = [stream.batch(step) for stream in self._streams]
-    return jax.tree.map(lambda *rows: np.stack(rows), *batches)
-
-  def position(self, step: int) -> dict[str, Any]:
-    return {str(i): s.position(step) for i, s in enumerate(self._streams)}
-
-
-def train(config, model, worlds, seeds, workdir: contract.Workdir):
-  """Trains all seeds side by side; returns parameters with a leading axis."""
-  data = _SeedBatches(worlds, seeds, config.batch_size)
-  num_steps = config.epochs * data.steps_per_epoch
-  optimizer = optax.adamw(
-    optax.cosine_decay_schedule(config.learning_rate, num_steps),
-    weight_decay=config.weight_decay,
-  )
-
-  def loss(params, batch):
-    logits = model.apply(params, batch['image'])
-    return curvature.negative_log_likelihood(logits, batch['label'])
-
-  axes = training.TrainState(step=None, params=0, opt_state=0, key=None)
-  one = training.make_train_step(loss, optimizer)
-  all_seeds = jax.vmap(one, in_axes=(axes, 0), out_axes=(axes, 0))
-
-  def step(state, batch):
-    state, metrics = all_seeds(state, batch)
-    return state, jax.tree.map(jnp.mean, metrics)
-
-  @jax.jit
-  def start(keys):
-    params = jax.vmap(model.init)(keys)
-    return training.TrainState(
-      jnp.zeros((), jnp.int32),
-      params,
-      jax.vmap(optimizer.init)(params),
-      jax.random.key(config.seed),
-    )
-
-  keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-  with (
-    training.Checkpointer(
-      workdir.path, workdir.config, ignore=['environment']
-    ) as checkpointer,
-    training.MetricsWriter(workdir.path / 'metrics.jsonl') as writer,
-  ):
-    state = training.fit(
-      start(keys),
-      jax.jit(step, donate_argnums=0),
-      data,
-      num_steps=num_steps,
-      checkpointer=checkpointer,
-      save_every=max(1, num_steps // 10),
-      writer=writer,
-      log_every=data.steps_per_epoch,
-    )
-  return state.params
 
 
 class Trained(NamedTuple):
@@ -404,7 +265,7 @@ def make_claims(config, results, seeds) -> list[contract.Claim]:
 def run(config, folder: pathlib.Path) -> None:
   """Trains, edits, measures, judges and draws; resumes by arm and seed."""
   seeds = list(range(config.seed, config.seed + config.num_seeds))
-  worlds = [make_world(s, config.data.noise, config.data.train) for s in seeds]
+  worlds = [make_world(s, **config.data.to_dict()) for s in seeds]
   workdir = contract.Workdir(
     folder, config, contract.fingerprint(*(a for w in worlds for a in w))
   )

@@ -23,16 +23,16 @@ def get_config(preset):
 
 
 def test_a_world_is_what_it_says():
-  world = memorization.make_world(3, noise=0.1, train=0.6)
+  world = memorization.make_world(3, noise=0.1, train=0.6, images=1797)
   assert world.images.shape == (1797, 8, 8, 1)
   assert np.bincount(world.split).tolist() == [1078, 359, 360]
   assert world.noisy.sum() == 108 and world.noisy[world.split != 0].sum() == 0
   assert (world.labels[world.noisy] != world.truth[world.noisy]).all()
   assert (world.labels[~world.noisy] == world.truth[~world.noisy]).all()
-  again = memorization.make_world(3, noise=0.1, train=0.6)
+  again = memorization.make_world(3, noise=0.1, train=0.6, images=1797)
   for a, b in zip(world, again):
     np.testing.assert_array_equal(a, b)
-  other = memorization.make_world(4, noise=0.1, train=0.6)
+  other = memorization.make_world(4, noise=0.1, train=0.6, images=1797)
   assert not np.array_equal(world.labels, other.labels)
 
 
