@@ -8,13 +8,17 @@ digits (1,797 real images, bundled, nothing to download), 10 % of the training
 labels replaced by a wrong one, an MLP and a small ViT.
 
   python -m experiments.memorization --config=configs/memorization.py:cpu \
-      --workdir=results/memorization
+      --workdir=runs/memorization-cpu
 
 The argument is `[WORLD-]PRESET`. Worlds: `mlp` (the default) and `vit`.
 Presets: `smoke` (every code path, no claim meant), `cpu`, `paper` (every arm
 of curvature), and `choose`: the same grids on seeds 0 and 1, from which the
 operating points below were taken by the rule in
 `experiments.memorization.choose`.
+
+On two CPU cores `mlp-cpu` takes about 4 minutes. Expected, in percent:
+memorized
+100 -> 5, true labels recovered 87, test accuracy 95.1 -> 93.5.
 """
 
 import ml_collections
@@ -134,6 +138,7 @@ def _vit(config):
     (f'{up}[1:3]', f'{down}[1:3]'),
     (up,),
   )
+  # Frozen, as above.
   config.operating_points = ml_collections.ConfigDict(
     {
       'kfac': (5, 0.2),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import json
+import pathlib
 import statistics as stats
 import time
 from typing import Any
@@ -55,6 +56,11 @@ def decoder(layers: int, *, unroll: bool) -> models.Model:
   )
 
 
+def some(layers: int) -> int:
+  """At least a quarter of the layers: 2 of 6."""
+  return -(-layers // 4)
+
+
 def loss_of(model: models.Model) -> sites.Loss:
   def loss(params, tokens):
     logits = model.apply(params, tokens[:, :-1])
@@ -67,7 +73,7 @@ def programs(model: models.Model, layers: int) -> dict[str, Callable[..., Any]]:
   """Name -> function of (params, tokens, directions)."""
   loss = loss_of(model)
   total = lambda p, x: loss(p, x).sum()
-  quarter = [f'{PROJECTIONS}[{layers - max(1, layers // 4)}:{layers}]']
+  last = [f'{PROJECTIONS}[{layers - some(layers)}:{layers}]']
 
   def read(statistics, select=PROJECTIONS, **kwargs):
     collect = sites.collect(loss, statistics, select, **kwargs)
@@ -99,9 +105,7 @@ def programs(model: models.Model, layers: int) -> dict[str, Callable[..., Any]]:
     'gradient': lambda p, x, _: jax.grad(total)(p, x),
     'norms': read(norms),
     'norms + gradient': read(norms, with_grads=True),
-    'norms + gradient, last quarter of layers': read(
-      norms, quarter, with_grads=True
-    ),
+    'norms of some layers + gradient': read(norms, last, with_grads=True),
     'K-FAC factors': read(factors),
     '512 rank-1 directions': lambda p, x, d: rank1(p, x, inputs={'d': d}),
     '512 rank-1 directions, vmap(grad)': naive,
@@ -145,8 +149,7 @@ def flops_by_hand(batch: int, time_: int, layers: int) -> dict[str, float]:
     'gradient': gradient,
     'norms': forward + to_inputs - spared + norms,
     'norms + gradient': gradient + norms,
-    'norms + gradient, last quarter of layers': gradient
-    + norms * max(1, layers // 4) / layers,
+    'norms of some layers + gradient': gradient + norms * some(layers) / layers,
     'K-FAC factors': forward + to_inputs - spared + factors,
     '512 rank-1 directions': forward + to_inputs - spared + rank1,
     '512 rank-1 directions, vmap(grad)': gradient + naive,
@@ -231,12 +234,13 @@ def main(argv):
     )
   rows = result['programs']
   overhead = lambda name: rows[name]['time_ratio'] - 1
-  share = overhead('norms + gradient, last quarter of layers')
+  share = overhead('norms of some layers + gradient')
   share = share / overhead('norms + gradient')
-  print(f'overhead of a quarter of the layers / of all: {share:.2f}')
+  print(
+    f'overhead of {some(_LAYERS.value)} of {_LAYERS.value} layers / of all: '
+    f'{share:.2f}'
+  )
   if _OUT.value:
-    import pathlib  # pylint: disable=g-import-not-at-top
-
     write_text(pathlib.Path(_OUT.value), json.dumps(result, indent=2) + '\n')
 
 

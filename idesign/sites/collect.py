@@ -153,7 +153,10 @@ def collect(
 
   Example `b` of the loss must depend on row `b` of every layer input only (no
   batch statistics, no shuffling of examples inside the model). That the example
-  axis is the one stated is checked by tracing the loss with one example more.
+  axis is the one stated is checked by tracing the loss with one example more;
+  a loss that closes over arrays of the batch's size cannot be traced so, and
+  then an axis that merely has that size is not told apart. Pass such arrays in
+  the batch.
 
   Args:
     loss: `loss(params, batch) -> [B]`.

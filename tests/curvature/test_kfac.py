@@ -206,3 +206,13 @@ def test_normalizing_a_weight_that_a_scan_shares_raises():
   fisher = curvature.Fisher(labels='gold', normalize='example')
   with pytest.raises(sites.SharedWeightError):
     curvature.kfac_factors(logits, 'w', fisher)({'w': w}, x, labels=y)
+
+
+def test_sampling_labels_does_not_hide_a_wrong_example_axis():
+  """The key in the batch must not keep the loss from being traced again."""
+  x = jax.random.normal(jax.random.key(0), (D, D, D))
+  w = jax.random.normal(jax.random.key(1), (D, C))
+  time_major = lambda p, x: jnp.swapaxes(jnp.swapaxes(x, 0, 1) @ p['w'], 0, 1)
+  read = curvature.kfac_factors(time_major, 'w')
+  with pytest.raises(sites.UnsupportedUseError, match='example_axis'):
+    read({'w': w}, x, key=jax.random.key(2))
