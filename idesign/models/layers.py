@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,12 @@ def _per_feature(weight_D: Array, like: Array) -> Array:
   )
 
 
+# What is elementwise keeps nothing but its inputs for the backward pass and is
+# done again there: that is cheap, and anything kept is kept for every layer of
+# the stack. In a scan nothing could undo this, so there is nothing to prevent.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
 class RMSNorm(nnx.Module):
   """`x / sqrt(mean(x^2) + eps) * scale`, computed in float32.
 
@@ -36,10 +44,14 @@ class RMSNorm(nnx.Module):
     self.scale = nnx.Param(jnp.ones((width,), config.dtypes.param))
 
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
-    x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x32), -1, keepdims=True)
-    y = x32 * jax.lax.rsqrt(mean_square + self.eps)
-    return (y * _per_feature(self.scale[...], y)).astype(x.dtype)
+    return _rms_norm(x, self.scale[...], self.eps)
+
+
+@functools.partial(_recomputed, static_argnums=2)
+def _rms_norm(x: Array, scale: Array, eps: float) -> Array:
+  x32 = x.astype(jnp.float32)
+  y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
+  return (y * _per_feature(scale, y)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -54,12 +66,17 @@ class LayerNorm(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((width,), config.dtypes.param))
 
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
-    x32 = x.astype(jnp.float32)
-    x32 = x32 - jnp.mean(x32, -1, keepdims=True)
-    variance = jnp.mean(jnp.square(x32), -1, keepdims=True)
-    y = x32 * jax.lax.rsqrt(variance + self.eps)
-    y = y * _per_feature(self.scale[...], y) + _per_feature(self.bias[...], y)
-    return y.astype(x.dtype)
+    return _layer_norm(x, self.scale[...], self.bias[...], self.eps)
+
+
+@functools.partial(_recomputed, static_argnums=3)
+def _layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+  x32 = x.astype(jnp.float32)
+  x32 = x32 - jnp.mean(x32, -1, keepdims=True)
+  variance = jnp.mean(jnp.square(x32), -1, keepdims=True)
+  y = x32 * jax.lax.rsqrt(variance + eps)
+  y = y * _per_feature(scale, y) + _per_feature(bias, y)
+  return y.astype(x.dtype)
 
 
 def norm(config: BlockConfig) -> RMSNorm | LayerNorm:
@@ -121,9 +138,10 @@ class MLP(nnx.Module):
   def __call__(self, h_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
     activate = _ACTIVATIONS[self.config.activation]
     if self.config.gated:
-      h_BTF = activate(self.gate(h_BTD)) * self.up(h_BTD)
+      gated = _recomputed(lambda gate, up: activate(gate) * up)
+      h_BTF = gated(self.gate(h_BTD), self.up(h_BTD))
     else:
-      h_BTF = activate(self.up(h_BTD))
+      h_BTF = _recomputed(activate)(self.up(h_BTD))
     return self.down(h_BTF)
 
 

@@ -44,14 +44,21 @@ def _einsum(spec: str, *operands: Array) -> Array:
   return jnp.einsum(spec, *operands, preferred_element_type=wide)
 
 
+def _moment(x: Float[Array, 'B T D']) -> Float[Array, 'D D']:
+  # Over one axis: of a sum over two, XLA makes a transposed copy on CPUs, which
+  # takes as long as the product.
+  x = x.reshape(-1, x.shape[2])
+  return _einsum('ni,nj->ij', x, x)
+
+
 def _input_moment(x: Float[Array, 'B T I'], dy) -> Float[Array, 'I I']:
   del dy
-  return _einsum('bti,btj->ij', x, x)
+  return _moment(x)
 
 
 def _output_moment(x, dy: Float[Array, 'B T O']) -> Float[Array, 'O O']:
   del x
-  return _einsum('bto,btp->op', dy, dy)
+  return _moment(dy)
 
 
 def _gradient(x, dy) -> Float[Array, 'B I O']:
@@ -61,7 +68,7 @@ def _gradient(x, dy) -> Float[Array, 'B I O']:
 def _squared_norm(x, dy) -> Float[Array, 'B']:
   """Per-example squared gradient norm, by whichever form needs fewer FLOPs."""
   (t, i), o = x.shape[1:], dy.shape[2]
-  if t * (i + o) < i * o:
+  if t * (i + o) <= i * o:
     xx, gg = _einsum('bti,bsi->bts', x, x), _einsum('bto,bso->bts', dy, dy)
     return jnp.sum(xx * gg, axis=(1, 2))
   return jnp.sum(_gradient(x, dy) ** 2, axis=(1, 2))

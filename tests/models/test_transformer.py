@@ -258,6 +258,22 @@ def equations(jaxpr):
         yield from equations(inner)
 
 
+@pytest.mark.parametrize('activation', ['silu', 'gelu', 'gelu_tanh'])
+def test_the_mlp_keeps_only_what_its_products_read(activation):
+  config = dataclasses.replace(BASE, activation=activation)
+  model = transformer(config)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  tokens = jax.ShapeDtypeStruct((2, 7), jnp.int32)
+  _, pull = jax.eval_shape(
+    lambda p, x: jax.vjp(lambda p: model.apply(p, x), p), params, tokens
+  )
+  wide = [
+    a for a in jax.tree.leaves(pull) if a.shape == (config.n_layers, 2, 7, 10)
+  ]
+  # What gate and up gave, and what down takes.
+  assert len(wide) == 3
+
+
 @pytest.mark.parametrize('name', VARIANTS)
 def test_every_projection_is_one_product_and_every_activation_is_named(name):
   model, params = build(name)
