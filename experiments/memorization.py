@@ -282,8 +282,8 @@ def run(config, folder: pathlib.Path) -> None:
     arm: jax.jit(curvature.kfac_factors(model.apply, paths, FISHER[arm]))
     for arm in arms
   }
-  for i, (seed, world) in enumerate(zip(seeds, worlds)):
-    mine = jax.tree.map(lambda a, i=i: a[i], params)
+  # What follows is small: every process does all of it, the first one writes.
+  for seed, world, mine in zip(seeds, worlds, params):
     images, labels = world.images[world.train], world.labels[world.train]
     at = {s.name: s for s in sites.find_sites(loss, mine, images, paths).sites}
     bases = {
@@ -329,7 +329,8 @@ def run(config, folder: pathlib.Path) -> None:
   else:
     claims = make_claims(config, results, seeds)
   contract.save_claims(workdir.path / 'claims.json', claims)
-  memorization_figures.draw(workdir.path)
+  if jax.process_index() == 0:
+    memorization_figures.draw(workdir.path)
 
 
 def _labels(arm: str, seed: int, labels: np.ndarray) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 from sklearn import datasets, model_selection
@@ -83,14 +84,15 @@ def make_model(config) -> models.Model:
 
 
 class _SeedBatches:
-  """One batch per seed, stacked: the data of several runs trained at once."""
+  """The data of several runs trained at once: arrays `[B, seeds, ...]`."""
 
-  def __init__(self, worlds: Sequence[World], seeds, batch_size: int):
+  def __init__(self, worlds: Sequence[World], seeds, batch_size: int, mesh):
     self._streams = [
       training.Batches(
         {'image': w.images[w.train], 'label': w.labels[w.train]},
         batch_size,
         seed=seed,
+        mesh=mesh,
       )
       for w, seed in zip(worlds, seeds)
     ]
@@ -98,15 +100,21 @@ class _SeedBatches:
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
     batches = [stream.batch(step) for stream in self._streams]
-    return jax.tree.map(lambda *rows: np.stack(rows), *batches)
+    return jax.tree.map(lambda *rows: np.stack(rows, axis=1), *batches)
 
   def position(self, step: int) -> dict[str, Any]:
     return {str(i): s.position(step) for i, s in enumerate(self._streams)}
 
 
 def train(config, model, worlds, seeds, workdir: contract.Workdir):
-  """Trains all seeds side by side; returns parameters with a leading axis."""
-  data = _SeedBatches(worlds, seeds, config.batch_size)
+  """Trains all seeds side by side; each batch is split over all devices.
+
+  Returns:
+    The parameters of every seed, in the order of `seeds`.
+  """
+  mesh = training.make_mesh()
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  data = _SeedBatches(worlds, seeds, config.batch_size, mesh)
   num_steps = config.epochs * data.steps_per_epoch
   optimizer = optax.adamw(
     optax.cosine_decay_schedule(config.learning_rate, num_steps),
@@ -119,14 +127,14 @@ def train(config, model, worlds, seeds, workdir: contract.Workdir):
 
   axes = training.TrainState(step=None, params=0, opt_state=0, key=None)
   one = training.make_train_step(loss, optimizer)
-  all_seeds = jax.vmap(one, in_axes=(axes, 0), out_axes=(axes, 0))
+  all_seeds = jax.vmap(one, in_axes=(axes, 1), out_axes=(axes, 0))
 
   def step(state, batch):
     state, metrics = all_seeds(state, batch)
     return state, jax.tree.map(jnp.mean, metrics)
 
-  @jax.jit
-  def start(keys):
+  def start():
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
     params = jax.vmap(model.init)(keys)
     return training.TrainState(
       jnp.zeros((), jnp.int32),
@@ -135,7 +143,6 @@ def train(config, model, worlds, seeds, workdir: contract.Workdir):
       jax.random.key(config.seed),
     )
 
-  keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
   with (
     training.Checkpointer(
       workdir.path, workdir.config, ignore=['environment']
@@ -143,13 +150,18 @@ def train(config, model, worlds, seeds, workdir: contract.Workdir):
     training.MetricsWriter(workdir.path / 'metrics.jsonl') as writer,
   ):
     state = training.fit(
-      start(keys),
-      jax.jit(step, donate_argnums=0),
+      jax.jit(start, out_shardings=everywhere)(),
+      jax.jit(step, donate_argnums=0, out_shardings=everywhere),
       data,
       num_steps=num_steps,
+      mesh=mesh,
       checkpointer=checkpointer,
       save_every=max(1, num_steps // 10),
       writer=writer,
       log_every=data.steps_per_epoch,
     )
-  return state.params
+  params = jax.device_get(state.params)
+  return [
+    jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), params)
+    for i in range(len(seeds))
+  ]

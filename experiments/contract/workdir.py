@@ -22,7 +22,9 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file under a temporary name and renames it."""
+  """Writes a file, whole or not at all, on process 0 of a run alone."""
+  if jax.process_index() != 0:
+    return
   temporary = path.with_name(path.name + '.tmp')
   temporary.write_text(text, encoding='utf-8')
   os.replace(temporary, path)
@@ -88,7 +90,8 @@ class Workdir:
       self.config | {'environment': environment()},
       ignore=['environment'],
     )
-    (self.path / 'figures').mkdir(exist_ok=True)
+    if jax.process_index() == 0:
+      (self.path / 'figures').mkdir(exist_ok=True)
     self._file = self.path / 'results.json'
     self.results = (
       json.loads(self._file.read_text('utf-8')) if self._file.exists() else {}

@@ -2,13 +2,18 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from experiments import memorization
+from idesign import training
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -130,3 +135,57 @@ def test_smoke_runs_and_resumes(world, tmp_path):
   memorization.run(config, tmp_path)
   assert json.loads((tmp_path / 'results.json').read_text()) == results
   assert (tmp_path / 'claims.json').read_bytes() == claims
+
+
+def test_two_processes_give_the_curve_of_one(tmp_path):
+  """Two processes of four devices against one of eight, which trains alone."""
+  config = get_config('smoke').copy_and_resolve_references()
+  with config.unlocked():
+    config.arms = ('svd', 'kfac', 'random')
+  memorization.run(config, tmp_path / 'one')
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  command = [
+    sys.executable, '-m', 'experiments.memorization',
+    '--config=configs/memorization.py:smoke', f'--workdir={tmp_path / "two"}',
+    "--config.arms=('svd', 'kfac', 'random')",
+  ]  # fmt: skip
+  environment = {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
+    'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+    'JAX_NUM_PROCESSES': '2',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+  }
+  processes = [
+    subprocess.Popen(
+      command,
+      cwd=ROOT,
+      env={**environment, 'JAX_PROCESS_ID': str(i)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    outputs = [p.communicate(timeout=180)[0] for p in processes]
+  finally:
+    for p in processes:
+      p.kill()
+  for p, output in zip(processes, outputs):
+    assert p.returncode == 0, output[-3000:]
+  # Process 0 alone reports.
+  assert ['before the edit' in output for output in outputs] == [True, False]
+  curves, results = [], []
+  for name in ('one', 'two'):
+    records = training.read_metrics(tmp_path / name / 'metrics.jsonl')
+    curves.append([r['loss'] for r in records])
+    results.append(json.loads((tmp_path / name / 'results.json').read_text()))
+  # Sums of at most 128 x 64 products in another order, two updates of Adam.
+  np.testing.assert_allclose(*curves, rtol=90 * np.finfo(np.float32).eps)
+  assert (
+    len(curves[0]) == config.epochs and results[0].keys() == results[1].keys()
+  )
