@@ -66,6 +66,8 @@ class _Walk:
       return operands
     elif name in _MOVES or (name == 'broadcast_in_dim' and _keeps_size(eqn)):
       return [operands[0] and operands[0].moved(eqn)]
+    elif name in ('split', 'unstack'):
+      return operands[0].pieces(eqn)
     else:
       for view in self.selected(operands):
         if _jaxpr.inner_jaxprs(eqn):

@@ -224,7 +224,8 @@ def _enter_scan(eqn, invals, plan, rule, extra) -> tuple[list, Found]:
   sliced = {k: extra[k] for k in plan.scanned if k in extra}
 
   cuts = sorted({0, scan.length, *itertools.chain(*steps.values())})
-  segments = list(itertools.pairwise(cuts))
+  # A scan of no steps is one segment of none.
+  segments = list(itertools.pairwise(cuts)) or [(0, 0)]
   ys_parts, found_parts = [], []
   for start, stop in reversed(segments) if scan.reverse else segments:
     live = {k for k in keys if steps[k][0] <= start and stop <= steps[k][1]}

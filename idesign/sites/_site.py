@@ -8,8 +8,10 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array
+import numpy as np
 
 from idesign.sites import _jaxpr
 from idesign.sites.selection import Pattern
@@ -46,6 +48,29 @@ class View:
     return dataclasses.replace(
       self, moves=(*self.moves, Move(eqn.primitive, eqn.params))
     )
+
+  def pieces(self, eqn) -> list['View']:
+    """Each result of a `split` or an `unstack`, as the slice that it is."""
+    shape, axis = eqn.invars[0].aval.shape, eqn.params['axis']
+    whole = eqn.primitive.name == 'split'
+    sizes = eqn.params['sizes'] if whole else (1,) * shape[axis]
+    squeeze = () if whole else (Move(lax.squeeze_p, {'dimensions': (axis,)}),)
+    stops = np.cumsum(sizes)
+    views = []
+    for start, stop in zip(stops - sizes, stops):
+      starts, limits = [0] * len(shape), list(shape)
+      starts[axis], limits[axis] = int(start), int(stop)
+      cut = Move(
+        lax.slice_p,
+        {
+          'start_indices': tuple(starts),
+          'limit_indices': tuple(limits),
+          'strides': None,
+        },
+      )
+      moves = (*self.moves, cut, *squeeze)
+      views.append(dataclasses.replace(self, moves=moves))
+    return views
 
   def constant_across(self, length: int) -> 'View':
     return dataclasses.replace(self, loops=self.loops * length)

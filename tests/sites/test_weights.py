@@ -208,8 +208,20 @@ def sliced_loss(params, x):
   )
 
 
+def split_loss(params, x):
+  parts = jnp.split(params['w'], [1, 3], axis=1)
+  waves = jnp.cos, jnp.sin, jnp.tanh
+  return sum(jnp.sum(f(x @ w), (1, 2)) for f, w in zip(waves, parts))
+
+
+def unstacked_loss(params, x):
+  columns = jnp.unstack(params['w'], axis=1)
+  return sum(jnp.sum(jnp.cos(i + x @ w), 1) for i, w in enumerate(columns))
+
+
 SHARED = {
-    'recurrent': recurrent_loss, 'tied': tied_loss, 'sliced': sliced_loss
+    'recurrent': recurrent_loss, 'tied': tied_loss, 'sliced': sliced_loss,
+    'split': split_loss, 'unstacked': unstacked_loss,
 }  # fmt: skip
 
 
@@ -237,6 +249,17 @@ def test_statistics_that_do_not_add_up_raise(kind):
   read = sites.collect(SHARED[kind], {'second': sites.rotated_square})
   with pytest.raises(sites.SharedWeightError, match="'second'.*'w'"):
     read({'w': normal(1, D, D)}, X)
+
+
+def test_a_stack_of_no_layers_has_statistics_of_none():
+  params = jax.tree.map(lambda a: a, stack_params())
+  params['blocks'] = jax.tree.map(lambda a: a[:0], params['blocks'])
+  read = sites.collect(stack_loss, {'a': sites.input_moment}, 'blocks/.*')
+  values = read(params, X).values['a']
+  assert {k: v.shape for k, v in values.items()} == {
+    'blocks/up': (0, D, D),
+    'blocks/down': (0, F, F),
+  }
 
 
 # Masks, example axes, inputs.
@@ -423,6 +446,8 @@ def test_patterns_match_whole_paths():
         (lambda w, x: x @ w.T, (F, D)),
         (lambda w, x: jnp.einsum('btd,dhk->bthk', x, w), (D, 2, 3)),
         (lambda w, x: x @ w[1], (2, D, F)),
+        (lambda w, x: x @ jnp.unstack(w)[1], (2, D, F)),
+        (lambda w, x: x @ jnp.split(w, [2], axis=1)[1], (D, F)),
         (lambda w, x: x.astype(BF16) @ w.astype(BF16).reshape(D, -1),
          (2, 3, F)),
         (lambda w, x: jax.lax.scan(lambda h, u: (h @ u, None), x, w)[0],
