@@ -25,6 +25,8 @@ COLORS = {
     'kfac': '#0072B2', 'kfac_t1': '#56B4E9', 'kfac_t10': '#009E73',
     'kfac_gold': '#CC79A7', 'svd': '#D55E00', 'random': '#7F7F7F',
 }  # fmt: skip
+# Ours and its two controls; the others are variants of ours.
+MAIN = ('random', 'svd', 'kfac')
 
 
 def draw(workdir: pathlib.Path) -> None:
@@ -54,7 +56,7 @@ def _lowest(points, base, floor: float) -> float:
 
 def _tradeoff(results, config, seeds):
   """Per method, the best memorization reachable at each loss of accuracy."""
-  figure, axis = plt.subplots(figsize=(4.6, 3.4))
+  figure, axis = plt.subplots(figsize=(4.6, 3.9))
   losses = np.linspace(-2, 12, 113)
   for arm in config['arms']:
     curves = np.array([
@@ -64,9 +66,12 @@ def _tradeoff(results, config, seeds):
     ])  # fmt: skip
     mean = curves.mean(0)
     low, high = np.array([interval(c) for c in curves.T]).T
-    axis.plot(losses, mean, color=COLORS[arm], label=LABELS[arm])
-    axis.fill_between(losses, low, high, color=COLORS[arm], alpha=0.2, lw=0)
-  for arm in ('svd', 'kfac'):
+    main = arm in MAIN
+    style = dict(lw=1.8) if main else dict(lw=1, ls=(0, (4, 1.5)))
+    axis.plot(losses, mean, color=COLORS[arm], label=LABELS[arm], **style)
+    if main:  # Bands of all of them would hide one another.
+      axis.fill_between(losses, low, high, color=COLORS[arm], alpha=0.2, lw=0)
+  for arm in MAIN:
     rows = [results[f'{s}/{arm}/operating'] for s in seeds]
     lost = [results[f'{s}/unedited']['test'] - r['test']
             for s, r in zip(seeds, rows)]  # fmt: skip
@@ -80,7 +85,7 @@ def _tradeoff(results, config, seeds):
       xlim=(losses[0], losses[-1]), ylim=(0, 102),
   )  # fmt: skip
   axis.axvline(0, color='black', lw=0.5, ls=':')
-  axis.legend(fontsize=7.5)
+  figure.legend(fontsize=7.5, loc='outside upper center', ncols=2)
   return figure
 
 

@@ -1,0 +1,38 @@
+"""The cost benchmark at a small size: its counts are those of its formula."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def test_flops_are_those_of_the_formula(tmp_path):
+  """In a process of its own, with XLA's optimisations on."""
+  out = tmp_path / 'out.json'
+  run = subprocess.run(
+    [
+      sys.executable, '-m', 'experiments.benchmarks.sites', '--batch=2',
+      '--time=64', '--layers=2', '--repeats=1', f'--out={out}',
+    ],
+    cwd=ROOT,
+    env={**os.environ, 'XLA_FLAGS': ''},
+    capture_output=True,
+    text=True,
+    timeout=240,
+  )  # fmt: skip
+  assert run.returncode == 0, run.stderr[-3000:]
+  rows = json.loads(out.read_text())['programs']
+  off = {name: abs(row['flops_off_by']) for name, row in rows.items()}
+  assert max(off.values()) <= 0.05, off
+  flops = {name: row['xla_gflops'] for name, row in rows.items()}
+  # Without weight gradients the norms cost less than the gradient; naively,
+  # the directions cost more than in factored form.
+  assert flops['forward'] < flops['norms'] < flops['gradient']
+  naive = flops['512 rank-1 directions, vmap(grad)']
+  assert flops['512 rank-1 directions'] < naive
+  for row in rows.values():
+    low, high = row['time_ratio_range']
+    assert 0 < low <= row['time_ratio'] <= high
