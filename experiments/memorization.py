@@ -37,6 +37,7 @@ import numpy as np
 import tqdm
 
 from experiments import contract, memorization_figures
+from experiments.memorization_claims import CHOSEN_ON, choose, make_claims
 from experiments.memorization_world import World, make_model, make_world, train
 from idesign import curvature, sites
 from idesign.sites import selection
@@ -133,27 +134,18 @@ def grid(config, arm: str) -> list[tuple[int, float]]:
   ]
 
 
-def choose(results: Mapping[str, Any], seeds, arm: str) -> tuple[int, float]:
-  """The operating point of an arm, by one rule.
-
-  Among the grid points whose held-out accuracy is, on each of the seeds, at
-  least that of the unedited network minus 2 points: the one with the lowest
-  mean memorized accuracy. The first such point if several tie.
-  """
-  rows = [results[f'{seed}/{arm}'] for seed in seeds]
-  floors = [results[f'{seed}/unedited']['held_out'] - 2 for seed in seeds]
-  allowed = [
-    points
-    for points in zip(*rows)
-    if all(p['held_out'] >= floor for p, floor in zip(points, floors))
-  ]
-  if not allowed:
-    raise ValueError(
-      f'No grid point of {arm!r} keeps the held-out accuracy; extend '
-      f'config.strengths.{arm} towards keeping more.'
-    )
-  best = min(allowed, key=lambda ps: np.mean([p['memorized'] for p in ps]))
-  return best[0]['layer_set'], best[0]['strength']
+def profile_groups(trained: Trained):
+  """Group -> (which images, their labels), for `curvature_profile`."""
+  world = trained.world
+  rng = np.random.default_rng(np.random.SeedSequence([trained.seed, 2]))
+  wrong = (world.truth + rng.integers(1, 10, len(world.truth))) % 10
+  held_out = world.split == 1
+  return {
+    'noisy, memorized': (world.noisy, world.labels),
+    'clean, trained on': (world.train & ~world.noisy, world.labels),
+    'held out, wrong label': (held_out, wrong),
+    'held out, true label': (held_out, world.truth),
+  }
 
 
 def curvature_profile(config, model, trained: Trained) -> dict[str, Any]:
@@ -170,15 +162,6 @@ def curvature_profile(config, model, trained: Trained) -> dict[str, Any]:
   path = selection.parse(config.layer_sets[0][0]).name
   spectrum = trained.bases['kfac'][path]
   order = np.argsort(-spectrum.mass().reshape(-1), kind='stable')
-  rng = np.random.default_rng(np.random.SeedSequence([trained.seed, 2]))
-  wrong = (world.truth + rng.integers(1, 10, len(world.truth))) % 10
-  held_out = world.split == 1
-  groups = {
-    'noisy, memorized': (world.noisy, world.labels),
-    'clean, trained on': (world.train & ~world.noisy, world.labels),
-    'held out, wrong label': (held_out, wrong),
-    'held out, true label': (held_out, world.truth),
-  }
 
   def share(x, dy, bases):
     x, g = x @ bases[0], dy @ bases[1]
@@ -201,7 +184,7 @@ def curvature_profile(config, model, trained: Trained) -> dict[str, Any]:
   ranks = np.unique(np.geomspace(1, size, 80).round().astype(int))
   mass = spectrum.mass().reshape(-1)[order]
   lines = {'curvature': np.cumsum(mass) / mass.sum()}
-  for name, (members, labels) in groups.items():
+  for name, (members, labels) in profile_groups(trained).items():
     batch = (world.images[members], labels[members])
     out = read(trained.params, batch, inputs={'share': {path: bases}})
     total = np.asarray(out.values['share'][path], np.float64)
@@ -215,61 +198,54 @@ def curvature_profile(config, model, trained: Trained) -> dict[str, Any]:
   }
 
 
-def make_claims(config, results, seeds) -> list[contract.Claim]:
-  """Judges the frozen operating point on the reported seeds."""
-  base = [results[f'{s}/unedited'] for s in seeds]
-  ours = [results[f'{s}/kfac/operating'] for s in seeds]
+def check(config, model) -> list[int]:
+  """The seeds of a run; whatever would fail later is an error here.
 
-  def best_of(arm, seed, row):
-    """Lowest memorized accuracy among points as accurate as ours.
-
-    Where there is none, it is that of leaving the network as it is.
-    """
-    points = results[f'{seed}/{arm}']
-    good = [p['memorized'] for p in points if p['test'] >= row['test']]
-    return min([*good, results[f'{seed}/unedited']['memorized']])
-
-  def difference(arm):
-    return [r['memorized'] - best_of(arm, s, r) for s, r in zip(seeds, ours)]
-
-  paper = 'Merullo et al. 2025, arXiv 2510.24256, Table 2'
-  column = lambda rows, name: [r[name] for r in rows]
-  change = [r['test'] - b['test'] for r, b in zip(ours, base)]
-  rows = [
-      ('fitted', 'memorized labels before the edit, %',
-       column(base, 'memorized'), '>=', 95, f'{paper}: 81.6'),
-      ('forgotten', 'memorized labels after the edit, %',
-       column(ours, 'memorized'), '<=', 10, f'{paper}: 3.5'),
-      ('recovered', 'noisy images given their true label after the edit, %',
-       column(ours, 'recovered'), '>=', 80, f'{paper}: 66.5'),
-      ('test_kept', 'test accuracy lost by the edit, points',
-       [-c for c in change], '<=', 3, f'{paper}: -4.7'),
-      ('below_svd', 'memorized labels, ours minus the best SVD grid point of '
-       'at least our test accuracy, points',
-       difference('svd'), '<=', 0, f'{paper}: SVD equal in memorization'),
-      ('below_random', 'memorized labels, ours minus the best random-mask grid '
-       'point of at least our test accuracy, points',
-       difference('random'), '<=', 0, 'placebo: a random choice of components'),
-      ('test_improved', 'test accuracy gained by the edit, points',
-       change, '>=', 0, f'{paper}: +4.7'),
-  ]  # fmt: skip
-  return [
-      contract.claim(
-          f'{config.world}_{id_}', f'{config.world}: {text}', samples,
-          comparator, target, seeds=seeds, reference=reference,
+  Raises:
+    ValueError: naming the key of the config.
+  """
+  seeds = list(range(config.seed, config.seed + config.num_seeds))
+  if config.num_seeds < 2:
+    raise ValueError(
+      f'config.num_seeds={config.num_seeds}: an interval needs at least 2.'
+    )
+  chosen_on = sorted(set(seeds) & set(CHOSEN_ON))
+  if chosen_on and config.preset != 'choose':
+    raise ValueError(
+      f'config.seed={config.seed}: operating points were chosen on seeds '
+      f'{CHOSEN_ON}, so nothing can be claimed of {chosen_on}. Start later.'
+    )
+  missing = {'kfac', 'svd', 'random'} - set(config.arms)
+  if missing:
+    raise ValueError(
+      f'config.arms={config.arms} lacks {sorted(missing)}, which the claims '
+      'compare.'
+    )
+  for i, patterns in enumerate(config.layer_sets):
+    names = [selection.parse(p).name for p in patterns]
+    try:
+      params = jax.eval_shape(model.init, jax.random.key(0))
+      selection.match_paths(names, sites.leaf_paths(params))
+    except sites.SelectionError as error:
+      raise ValueError(f'config.layer_sets[{i}]: {error}') from error
+  for arm in config.arms:
+    index, _ = config.operating_points[arm]
+    if not 0 <= index < len(config.layer_sets):
+      raise ValueError(
+        f'config.operating_points.{arm} names layer set {index}; there are '
+        f'{len(config.layer_sets)}.'
       )
-      for id_, text, samples, comparator, target, reference in rows
-  ]  # fmt: skip
+  return seeds
 
 
 def run(config, folder: pathlib.Path) -> None:
   """Trains, edits, measures, judges and draws; resumes by arm and seed."""
-  seeds = list(range(config.seed, config.seed + config.num_seeds))
+  model = make_model(config)
+  seeds = check(config, model)
   worlds = [make_world(s, **config.data.to_dict()) for s in seeds]
   workdir = contract.Workdir(
     folder, config, contract.fingerprint(*(a for w in worlds for a in w))
   )
-  model = make_model(config)
   params = train(config, model, worlds, seeds, workdir)
 
   paths = sorted(

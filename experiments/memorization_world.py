@@ -40,6 +40,11 @@ def make_world(seed: int, *, noise: float, train: float, images: int) -> World:
     images: how many images to use, at most 1,797.
   """
   pixels, truth = datasets.load_digits(return_X_y=True)
+  if not 50 <= images <= len(truth):
+    raise ValueError(
+      f'config.data.images={images} must be from 50 (to split by class) to '
+      f'{len(truth)}, which is all there are.'
+    )
   pixels, truth = pixels[:images], truth[:images]
   everything = np.arange(len(truth))
   trained, rest = model_selection.train_test_split(

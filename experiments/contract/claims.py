@@ -115,7 +115,7 @@ def save_claims(path: pathlib.Path, claims: Sequence[Claim]) -> None:
   if len(set(ids)) != len(ids):
     raise ValueError(f'Claims must have different ids: {ids}.')
   for c in claims:
-    if not math.isfinite(c.value):
-      raise ValueError(f'Claim {c.id!r} has value {c.value}.')
+    if not all(map(math.isfinite, (c.value, *c.ci95))):
+      raise ValueError(f'Claim {c.id!r} is {c.value}, {c.ci95}: not finite.')
   rows = [dataclasses.asdict(c) for c in claims]
-  write_text(path, json.dumps(rows, indent=2) + '\n')
+  write_text(path, json.dumps(rows, indent=2, allow_nan=False) + '\n')

@@ -52,4 +52,13 @@ def main(run: Callable[[object, pathlib.Path], None]) -> None:
     if failed and strict.value:
       sys.exit(f'{len(failed)} claim(s) failed: {", ".join(failed)}')
 
-  app.run(start)
+  def parse(arguments):
+    try:
+      return flags.FLAGS(arguments)
+    except AttributeError as error:  # What a ConfigDict raises.
+      sys.exit(
+        f'Unknown config key {error}. A key is set with --config.KEY=VALUE; '
+        'the config file that --config names lists them.'
+      )
+
+  app.run(start, flags_parser=parse)

@@ -11,6 +11,7 @@ import pathlib
 import platform
 import subprocess
 from typing import Any
+import warnings
 
 import jax
 import ml_collections
@@ -26,8 +27,17 @@ def write_text(path: pathlib.Path, text: str) -> None:
   if jax.process_index() != 0:
     return
   temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(text, encoding='utf-8')
-  os.replace(temporary, path)
+  try:
+    temporary.write_text(text, encoding='utf-8')
+    os.replace(temporary, path)
+  except OSError as error:
+    temporary.unlink(missing_ok=True)
+    raise OSError(
+      error.errno,
+      f'{path} could not be written ({error.strerror}). What was there is '
+      'intact: make room, or fix the permissions, and run the same command '
+      'again',
+    ) from error
 
 
 def fingerprint(*arrays: np.ndarray) -> str:
@@ -93,9 +103,23 @@ class Workdir:
     if jax.process_index() == 0:
       (self.path / 'figures').mkdir(exist_ok=True)
     self._file = self.path / 'results.json'
-    self.results = (
-      json.loads(self._file.read_text('utf-8')) if self._file.exists() else {}
-    )
+    self.results = {}
+    if self._file.exists():
+      self.results = json.loads(self._file.read_text('utf-8'))
+      self._warn_of_other_code()
+
+  def _warn_of_other_code(self) -> None:
+    made = json.loads((self.path / 'config.json').read_text('utf-8'))
+    before, now = made['environment'], environment()
+    different = [k for k in now if k != 'devices' and before.get(k) != now[k]]
+    if different:
+      warnings.warn(
+        f'{self.path} has results made with other code or packages (commit '
+        f'{before["commit"][:12]}, now {now["commit"][:12]}; different: '
+        f'{", ".join(different)}). They are kept; to measure the code as it '
+        'is now, choose another workdir.',
+        stacklevel=3,
+      )
 
   def arm(self, name: str, compute: Callable[[], Any]) -> Any:
     """The result of an arm, computed unless an earlier run finished it.

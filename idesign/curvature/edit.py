@@ -28,14 +28,15 @@ class Edit:
   twice, or reverted from something that was trained on.
 
   Attributes:
-    original: path -> parameter before.
-    edited: path -> parameter after, same shape and dtype.
+    original: path -> parameter before, on the host, so that donating the
+      parameters to a train step does not delete it.
+    edited: path -> parameter after, same shape and dtype, likewise.
     kept: path -> share of the components of the edited layers that were kept,
       in [0, 1].
   """
 
-  original: dict[str, Array]
-  edited: dict[str, Array]
+  original: dict[str, np.ndarray]
+  edited: dict[str, np.ndarray]
   kept: dict[str, float]
 
   def apply(self, params: PyTree) -> PyTree:
@@ -63,17 +64,21 @@ def _exchange(params, old, new, verb) -> PyTree:
   for i, path in enumerate(paths):
     if path not in old:
       continue
-    same = leaves[i].shape == old[path].shape and np.array_equal(
-      np.asarray(leaves[i]), np.asarray(old[path])
-    )
-    if not same:
+    if not _same_bits(leaves[i], old[path]):
       raise ValueError(
         f'Cannot {verb} the edit: parameter {path!r} is not the one that the '
         'edit expects. Apply it once, to the parameters it was made from, and '
         'revert it before training on.'
       )
-    leaves[i] = new[path]
+    leaves[i] = jax.device_put(new[path], getattr(leaves[i], 'sharding', None))
   return jax.tree.unflatten(tree, leaves)
+
+
+def _same_bits(a: Array, b: np.ndarray) -> bool:
+  if a.shape != b.shape or a.dtype != b.dtype:
+    return False
+  bits = f'u{b.dtype.itemsize}'  # Tells -0 from 0, and equal NaNs are equal.
+  return np.array_equal(np.asarray(a).view(bits), b.view(bits))
 
 
 def edit_from(
@@ -113,12 +118,15 @@ def edit_from(
         f'Site {name!r} was found with layers {site.layers} already; find it '
         'whole and choose layers here, or leave layers out.'
       )
-    leaf = original[site.path] = leaves[site.path]
+    leaf = leaves[site.path]
+    original[site.path] = np.array(leaf)
     matrix = np.asarray(site.matrix(leaf), np.float64)
     chosen = _chosen(site, (layers or {}).get(name))
     new, share = change(name, matrix)
     new = np.where(chosen[..., None, None], new, matrix)
-    edited[site.path] = site.with_matrix(leaf, jnp.asarray(new, leaf.dtype))
+    edited[site.path] = np.array(
+      site.with_matrix(leaf, jnp.asarray(new, leaf.dtype))
+    )
     kept[site.path] = float(np.broadcast_to(share, chosen.shape)[chosen].mean())
   return Edit(original, edited, kept)
 
@@ -127,6 +135,8 @@ def _chosen(site: sites.Site, layers: Sequence[int] | None) -> np.ndarray:
   """`[*stack]`, true for the layers to edit."""
   if layers is None:
     return np.ones(site.stack, bool)
+  if not layers:
+    raise ValueError(f'layers[{site.name!r}] is empty; deselect the site.')
   if len(site.stack) != 1 or not all(0 <= i < site.stack[0] for i in layers):
     raise ValueError(
       f'Site {site.name!r} has a stack of {site.stack}; layers {list(layers)} '

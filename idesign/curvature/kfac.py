@@ -92,9 +92,18 @@ def negative_log_likelihood(
   labels: Int[Array, 'B *T'],
   mask: Bool[Array, 'B *T'] | None = None,
 ) -> Float[Array, 'B']:
-  """`-log p(label)` per example, summed over positions that are not masked."""
+  """`-log p(label)` per example, summed over positions that are not masked.
+
+  A label that is no class makes its example's loss and gradients NaN, unless
+  its position is masked.
+  """
   log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-  nll = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+  is_class = (labels >= 0) & (labels < logits.shape[-1])
+  safe = jnp.where(is_class, labels, 0)
+  nll = -jnp.take_along_axis(log_p, safe[..., None], axis=-1)[..., 0]
+  read = is_class if mask is None else is_class | ~mask
+  # Multiplied, so that the gradient is NaN as well.
+  nll = nll * jnp.where(read, 1.0, jnp.nan)
   if mask is not None:
     nll = jnp.where(mask, nll, 0.0)
   return jnp.sum(nll, axis=tuple(range(1, nll.ndim)))

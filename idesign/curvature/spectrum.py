@@ -91,6 +91,7 @@ def keep_mass(
     ValueError: the share is out of range or the columns are not descending.
   """
   _check(rows, columns, share)
+  rows, columns = _unit(rows), _unit(columns)
   m, n = len(rows), len(columns)
   prefix = np.concatenate([[0.0], np.cumsum(columns)])
 
@@ -101,16 +102,23 @@ def keep_mass(
   if share == 1 or total == 0:
     return np.full(m, n)
   threshold = _largest_float(lambda t: mass(t) >= share * total)
+  if threshold == 0:  # What is left underflows next to the largest.
+    return np.full(m, n)
   above = _at_least(rows, columns, np.nextafter(threshold, np.inf))
   lacking = share * total - float(rows @ prefix[above])
   return _with_ties(
-    rows, columns, above, threshold, int(np.ceil(lacking / threshold))
+    rows,
+    columns,
+    above,
+    threshold,
+    int(min(np.ceil(lacking / threshold), m * n)),
   )
 
 
 def keep_count(rows: np.ndarray, columns: np.ndarray, count: int) -> np.ndarray:
   """The `count` components of largest mass, exactly; as `keep_mass` else."""
   _check(rows, columns, 1.0)
+  rows, columns = _unit(rows), _unit(columns)
   m, n = len(rows), len(columns)
   if not 0 <= count <= m * n:
     raise ValueError(f'count must be in [0, {m * n}], not {count}.')
@@ -133,10 +141,18 @@ def staircase(counts: np.ndarray, n: int) -> np.ndarray:
 def _check(rows, columns, share) -> None:
   if not 0 < share <= 1:
     raise ValueError(f'share must be in (0, 1], not {share}.')
+  if not (np.isfinite(rows).all() and np.isfinite(columns).all()):
+    raise ValueError('Masses must be finite.')
   if (np.diff(columns) > 0).any():
     raise ValueError('columns must be in descending order.')
   if (rows < 0).any() or (columns < 0).any():
     raise ValueError('Masses must not be negative.')
+
+
+def _unit(masses: np.ndarray) -> np.ndarray:
+  """Scaled by a power of two, exactly, to at most 1, so products exist."""
+  largest = np.max(masses, initial=0.0)
+  return np.ldexp(masses, -int(np.frexp(largest)[1])) if largest else masses
 
 
 def _at_least(rows, columns, threshold: float) -> np.ndarray:

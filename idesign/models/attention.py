@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from idesign.models.config import BlockConfig
+from idesign.models.config import BlockConfig, TransformerConfig
 from idesign.models.layers import RMSNorm, linear, residual_gain, rotate
 
 
@@ -34,11 +34,19 @@ class KVCache(NamedTuple):
   length: Int[Array, '']
 
 
-def init_cache(config: BlockConfig, batch: int, slots: int) -> KVCache:
+def init_cache(config: TransformerConfig, batch: int, slots: int) -> KVCache:
   """An empty cache for `batch` sequences of up to `slots` tokens each.
 
   Prompt, padding and generated tokens all take a slot.
+
+  Raises:
+    ValueError: more slots than the model has learned positions.
   """
+  if config.rope is None and slots > config.max_len:
+    raise ValueError(
+      f'a cache of {slots} slots, but there are learned positions for '
+      f'max_len={config.max_len}.'
+    )
   shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
   return KVCache(
     k_LBSKH=jnp.zeros(shape, config.dtypes.compute),

@@ -79,7 +79,8 @@ def generate(
     pad_token: what follows a stop token.
 
   Returns:
-    A `Generation`.
+    A `Generation`. Where the model's logits are NaN (a token outside the
+    vocabulary) the log-probabilities of that row are, from there on.
 
   Raises:
     ValueError: if shapes or settings do not fit. Values of traced arguments

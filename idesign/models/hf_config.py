@@ -268,7 +268,10 @@ def parse_config(
       f'{sorted(FAMILIES)}.'
     )
   family = FAMILIES[name]
-  for architecture in raw.get('architectures') or ():
+  architectures = raw.get('architectures') or ()
+  if isinstance(architectures, str):
+    architectures = (architectures,)
+  for architecture in architectures:
     if architecture not in family.architectures:
       raise CheckpointError(
         f'{source}: architecture {architecture} is not supported; supported '

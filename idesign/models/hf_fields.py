@@ -80,7 +80,10 @@ class Reader:
     """
     found: dict[str, Any] = {}
     for key in ('rope_parameters', 'rope_scaling'):
-      for name, value in (self.raw.get(key) or {}).items():
+      settings = self.raw.get(key) or {}
+      if not isinstance(settings, Mapping):
+        raise self.unsupported(key, settings)
+      for name, value in settings.items():
         name = 'rope_type' if name == 'type' else name
         if isinstance(value, Mapping):
           raise self.unsupported(f'{key}.{name}', value)

@@ -191,7 +191,13 @@ def write_shard(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
   """Writes one safetensors file that transformers reads."""
   # save_file writes the memory of a strided view, not its values.
   dense = {name: np.ascontiguousarray(t) for name, t in tensors.items()}
-  save_file(dense, path, metadata={'format': 'pt'})
+  try:
+    save_file(dense, path, metadata={'format': 'pt'})
+  except (OSError, SafetensorError) as error:
+    raise CheckpointError(
+      f'{path} could not be written: {error}. Nothing is left behind: make '
+      'room, or fix the permissions, and save again.'
+    ) from error
 
 
 def write_index(

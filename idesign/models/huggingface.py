@@ -105,7 +105,8 @@ def save_pretrained(
     max_shard_bytes: size above which the weights are cut into several files.
 
   Raises:
-    CheckpointError: if the folder is taken, or no family computes this model.
+    CheckpointError: if the folder is taken, no family computes this model, a
+      parameter has NaN or infinity, or the disk is full.
     ValueError: if the parameters are not those of the model.
   """
   folder = pathlib.Path(folder)
@@ -126,7 +127,9 @@ def save_pretrained(
   def tensor(name: str) -> np.ndarray:
     row, layer = sources[name]
     parts = [flat[p] if layer is None else flat[p][layer] for p in row.paths]
-    return row.layout.join([np.asarray(p) for p in parts], config)
+    array = row.layout.join([np.asarray(p) for p in parts], config)
+    check_finite(array, name, folder)  # It could not be loaded again.
+    return array
 
   sizes = {}
   for name, (row, layer) in sources.items():

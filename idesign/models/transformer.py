@@ -114,10 +114,12 @@ class _Transformer(nnx.Module):
     mask_BTS = causal_TS[None] & valid_BS[:, None, :]
     distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
 
-    x_BTD = self.embed(tokens_BT)
+    # A negative index would count from the end.
+    x_BTD = self.embed(_index(tokens_BT, mask_BT, config.vocab_size))
     angles_BTR = None
     if config.rope is None:
-      x_BTD = x_BTD + self.positions(positions_BT)
+      where = _index(positions_BT, mask_BT, config.max_len)
+      x_BTD = x_BTD + self.positions(where)
     else:
       angles_BTR = rope_angles(config.rope, config.head_dim, positions_BT)
     x_BTD, cache = blocks_lib.run(
@@ -163,6 +165,12 @@ def _embed(rows: int, config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Embed:
     param_dtype=config.dtypes.param,
     rngs=rngs,
   )
+
+
+def _index(index_BT, mask_BT, rows: int):
+  """Rows to look up; what does not exist is NaN, but for padding."""
+  missing_BT = (index_BT < 0) | (index_BT >= rows)
+  return jnp.where(missing_BT, jnp.where(mask_BT, rows, 0), index_BT)
 
 
 def _check_shapes(tokens_BT, mask_BT, positions_BT, cache, config) -> None:

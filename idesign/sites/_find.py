@@ -32,9 +32,10 @@ class UnsupportedUseError(ValueError):
 class _Walk:
   """One pass over a jaxpr; collects sites and other uses."""
 
-  def __init__(self, num_examples: int, example_axis: int):
+  def __init__(self, num_examples: int, example_axis: int, checked: bool):
     self.num_examples = num_examples
     self.example_axis = example_axis
+    self.checked = checked
     self.found: list[tuple[View, Product, Any, Any]] = []
     self.unread: list[Use] = []
 
@@ -161,6 +162,16 @@ class _Walk:
           f'{self.num_examples} examples of the loss. Name the example axis '
           'with example_axis.',
         )
+      alike = sum(x.shape[a] == self.num_examples for a in x_free)
+      if alike > 1 and not self.checked:
+        raise UnsupportedUseError(
+          view.path,
+          'dot_general',
+          f'{alike} axes of the layer input {x.str_short()} have the size of '
+          'the batch, and the loss cannot be traced with one example more to '
+          'tell which is the examples: it closes over arrays of that size, or '
+          'insists on it. Pass such arrays in the batch.',
+        )
       product = Product(
           weight_first, axis, x_free, tuple(x_contract),
           tuple(a for a in range(w.ndim) if a not in w_contract),
@@ -181,7 +192,7 @@ def _keeps_size(eqn) -> bool:
 
 def find(
     closed, paths: list[str | None], chosen: dict[str, Pattern],
-    num_examples: int, example_axis: int,
+    num_examples: int, example_axis: int, checked: bool = True,
 ) -> tuple[Sites, _jaxpr.Plan]:  # fmt: skip
   """Finds the sites of a traced loss.
 
@@ -192,11 +203,12 @@ def find(
     chosen: the selected paths.
     num_examples: `B`.
     example_axis: which axis of every layer input is the example.
+    checked: whether the caller tells axes of the batch's size apart.
 
   Returns:
     The sites, and the plan whose keys are their indices.
   """
-  walk = _Walk(num_examples, example_axis)
+  walk = _Walk(num_examples, example_axis, checked)
   plan = _jaxpr.Plan()
   views = [None if p is None else View(p, chosen.get(p)) for p in paths]
   outs = walk.jaxpr(closed.jaxpr, views, plan)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float
 
 from idesign.sites import _find, _jaxpr, selection
@@ -55,6 +56,7 @@ def _traced(loss: Loss, params: PyTree, batch: PyTree, select, example_axis):
   """Traces a loss and finds its sites."""
   paths = selection.leaf_paths(params)
   chosen = selection.match_paths(select, paths)
+  _refuse_explicit_meshes((params, batch))
   closed, _ = _jaxpr.trace(loss, params, batch)
   shapes = [a.shape for a in closed.out_avals]
   if len(shapes) != 1 or len(shapes[0]) != 1:
@@ -64,8 +66,10 @@ def _traced(loss: Loss, params: PyTree, batch: PyTree, select, example_axis):
     )
   arguments = [*paths, *[None] * len(jax.tree.leaves(batch))]
   (size,) = shapes[0]
-  sites, plan = _find.find(closed, arguments, chosen, size, example_axis)
   larger = _one_more_example(loss, params, batch, size, example_axis)
+  sites, plan = _find.find(
+    closed, arguments, chosen, size, example_axis, checked=larger is not None
+  )
   if larger is not None:
     try:
       _find.find(larger, arguments, chosen, size + 1, example_axis)
@@ -84,7 +88,7 @@ def _one_more_example(loss, params, batch, size: int, axis: int):
   """The loss traced with one example more, to tell axes of equal size apart.
 
   None if that cannot be traced, because the loss closes over arrays of this
-  batch's size; then only sizes are compared.
+  batch's size or insists on it; then no other axis may have that size.
   """
 
   def grown(leaf):
@@ -96,10 +100,24 @@ def _one_more_example(loss, params, batch, size: int, axis: int):
 
   try:
     closed, _ = _jaxpr.trace(loss, params, jax.tree.map(grown, batch))
-  except (TypeError, ValueError):
-    return None
+  except Exception:  # pylint: disable=broad-except
+    return None  # The loss is the user's, and so are its assertions.
   same_contract = [a.shape for a in closed.out_avals] == [(size + 1,)]
   return closed if same_contract else None
+
+
+def _refuse_explicit_meshes(arguments: PyTree) -> None:
+  for leaf in jax.tree.leaves(arguments):
+    if not isinstance(leaf, jax.Array):
+      continue
+    mesh = jax.typeof(leaf).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
+      raise ValueError(
+        f'An argument of shape {leaf.shape} lives on a mesh with explicit '
+        f'axes, {mesh.axis_names}. Statistics are sharded by the compiler: '
+        'make the mesh with axis_types=(AxisType.Auto,) * '
+        f'{len(mesh.axis_names)}, as idesign.training.make_mesh does.'
+      )
 
 
 def find_sites(
@@ -153,10 +171,10 @@ def collect(
 
   Example `b` of the loss must depend on row `b` of every layer input only (no
   batch statistics, no shuffling of examples inside the model). That the example
-  axis is the one stated is checked by tracing the loss with one example more;
-  a loss that closes over arrays of the batch's size cannot be traced so, and
-  then an axis that merely has that size is not told apart. Pass such arrays in
-  the batch.
+  axis is the one stated is checked by tracing the loss with one example more.
+  A loss that closes over arrays of the batch's size cannot be traced so; then
+  a layer input that has that size twice is refused. Pass such arrays in the
+  batch.
 
   Args:
     loss: `loss(params, batch) -> [B]`.

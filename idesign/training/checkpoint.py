@@ -281,10 +281,11 @@ def _describe(state: PyTree) -> dict[str, list[Any]]:
 
 @jax.jit
 def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
-  """`sum_i (bits_i + 1) (2 i + 1) mod 2^32` of each array, `[n]` uint32.
+  """`sum_i mix(bits_i xor golden i) mod 2^32` of each array, `[n]` uint32.
 
-  The factors are odd, so a change of any one 32-bit word changes the sum. It
-  is exact integer arithmetic: no order of summation, hence no mesh, matters.
+  `mix` is the finalizer of MurmurHash3, a bijection: a change of any one word
+  changes the sum, and changes of several do not cancel but by chance. It is
+  exact integer arithmetic: no order of summation, hence no mesh, matters.
   """
 
   def one(x):
@@ -302,7 +303,9 @@ def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
       iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
       index += iota * np.uint32(stride % 2**32)
       stride *= bits.shape[axis]
-    one_, two = np.uint32(1), np.uint32(2)
-    return jnp.sum((bits + one_) * (two * index + one_), dtype=jnp.uint32)
+    h = bits ^ (index * np.uint32(0x9E3779B9))
+    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> np.uint32(16)), dtype=jnp.uint32)
 
   return jnp.stack([one(x) for x in leaves])

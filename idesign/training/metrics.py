@@ -9,6 +9,7 @@ one line without its line end, which counts as not written.
 from __future__ import annotations
 
 from collections.abc import Mapping
+import contextlib
 import json
 import math
 import os
@@ -98,8 +99,23 @@ class MetricsWriter:
           f'other than "step"; got shape {np.shape(value)}.'
         )
       record[name] = _number(name, value)
-    self._file.write(_line(record))
+    try:
+      self._file.write(_line(record))
+    except OSError as error:
+      self._abandon()
+      raise OSError(
+        error.errno,
+        f'{self.path} could not be extended by step {step} ({error.strerror})'
+        '. The lines before are intact: make room and run the same command '
+        'again',
+      ) from error
     self._last = step
+
+  def _abandon(self) -> None:
+    """Closes without a last attempt to write what could not be written."""
+    file, self._file = self._file, None
+    with contextlib.suppress(OSError):
+      file.close()
 
   def sync(self) -> None:
     """Returns when everything written is on the disk."""

@@ -152,6 +152,50 @@ def test_layers_that_are_not_chosen_keep_every_bit(kind):
     assert not np.array_equal(*changed)
 
 
+def test_sites_draw_their_components_independently():
+  """Two weights of the same shape do not keep the same components."""
+  p, at, _ = setting()
+  (site,) = [at[k] for k in ('blocks/up',)]
+  bases = {'blocks/up': None}
+  masks = {}
+
+  def record(params, at, bases, chosen, layers=None):
+    masks.update(chosen)
+
+  twins = {'a': site, 'b': site}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('idesign.curvature.baselines.keep_components', record)
+    curvature.keep_random(p, twins, bases, share=0.5, seed=0)
+  assert not np.array_equal(masks['a'], masks['b'])
+  for mask in masks.values():
+    share = mask.mean(axis=(-2, -1))
+    np.testing.assert_allclose(share, share.flat[0])
+
+
+def test_bits_are_compared_and_outlive_a_donation():
+  p, at, _ = setting()
+  p['head']['kernel'] = p['head']['kernel'].at[0, 0].set(0.0)
+  edit = curvature.keep_singular(p, at, curvature.singular(p, at), share=0.5)
+  halves = jax.tree.map(lambda a: a.astype(jnp.bfloat16), p)
+  with pytest.raises(ValueError, match='Cannot apply'):
+    edit.apply(halves)
+  minus = {'kernel': p['head']['kernel'].at[0, 0].set(-0.0)}
+  with pytest.raises(ValueError, match="Cannot apply.*'head/kernel'"):
+    edit.apply(p | {'head': minus})
+  again = jax.tree.map(jnp.array, p)
+  jax.tree.map(lambda a: a.delete(), p)
+  same(edit.revert(edit.apply(again)), again)
+
+
+def test_an_edit_keeps_the_sharding():
+  p, at, bases = setting()
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('data',))
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  p = jax.device_put(p, sharding)
+  edited = curvature.keep_high_curvature(p, at, bases, share=0.4).apply(p)
+  assert all(a.sharding == sharding for a in jax.tree.leaves(edited))
+
+
 def test_an_edit_is_refused_where_it_does_not_belong():
   p, at, bases = setting()
   edit = curvature.keep_high_curvature(p, at, bases, share=0.4)

@@ -216,3 +216,23 @@ def test_sampling_labels_does_not_hide_a_wrong_example_axis():
   read = curvature.kfac_factors(time_major, 'w')
   with pytest.raises(sites.UnsupportedUseError, match='example_axis'):
     read({'w': w}, x, key=jax.random.key(2))
+
+
+@pytest.mark.parametrize('label', [-1, -100, C])
+def test_a_label_that_is_no_class_is_nan(label):
+  w, (x, y) = jax.random.normal(jax.random.key(1), (D, C)), data(3)
+  logits = lambda p, x: x @ p['w']
+  read = curvature.kfac_factors(logits, 'w', curvature.Fisher(labels='gold'))
+  wrong = y.at[0].set(label)
+  nll = curvature.negative_log_likelihood(logits({'w': w}, x), wrong)
+  assert jnp.isnan(nll[0]) and jnp.isfinite(nll[1:]).all()
+  assert jnp.isnan(read({'w': w}, x, labels=wrong).outputs['w']).all()
+  # Where it is masked it does not matter.
+  h, both = jnp.stack([x, x], 1), jnp.stack([y, wrong], 1)
+  mask = jnp.array([[True, False]] * len(y))
+  first = read({'w': w}, h, labels=both, mask=mask).outputs['w']
+  np.testing.assert_array_equal(
+    first,
+    read({'w': w}, h, labels=jnp.stack([y, y], 1), mask=mask).outputs['w'],
+  )
+  assert jnp.isfinite(first).all()

@@ -100,7 +100,22 @@ def test_shares_out_of_range_raise(share):
     curvature.keep_mass(np.ones(2), np.ones(2), share)
 
 
+@pytest.mark.parametrize('exponents', [(-500, -560), (600, 500), (-1000, 0)])
+def test_masses_whose_products_have_no_float(exponents):
+  """Scaling by powers of two changes nothing."""
+  rows, columns = spectra('powers', 0)
+  down = np.ldexp(rows, exponents[0]), np.ldexp(columns, exponents[1])
+  for share in (0.3, 0.9):
+    np.testing.assert_array_equal(
+      curvature.keep_mass(*down, share),
+      curvature.keep_mass(rows, columns, share),
+    )
+
+
 def test_bad_spectra_raise():
+  for bad in (np.nan, np.inf):
+    with pytest.raises(ValueError, match='finite'):
+      curvature.keep_mass(np.array([1.0, bad]), np.ones(2), 0.5)
   with pytest.raises(ValueError, match='descending'):
     curvature.keep_mass(np.ones(2), np.array([1.0, 2.0]), 0.5)
   with pytest.raises(ValueError, match='negative'):

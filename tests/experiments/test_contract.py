@@ -1,5 +1,6 @@
 """Claims, workdirs, the command line and the page."""
 
+import errno
 import json
 import pathlib
 import subprocess
@@ -100,6 +101,36 @@ def test_an_arm_that_fails_leaves_the_others(tmp_path):
   assert json.loads((tmp_path / 'results.json').read_text()) == {'0/a': 1}
 
 
+def full(*args, **kwargs):
+  raise OSError(errno.ENOSPC, 'No space left on device')
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+  workdir = contract.Workdir(tmp_path, config(), 'hash')
+  workdir.arm('0/a', lambda: 1)
+  before = (tmp_path / 'results.json').read_bytes()
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, 'write_text', full)
+    with pytest.raises(OSError, match='results.json.*No space.*make room'):
+      workdir.arm('0/b', lambda: 2)
+  assert (tmp_path / 'results.json').read_bytes() == before
+  assert not list(tmp_path.glob('*.tmp'))
+  again = contract.Workdir(tmp_path, config(), 'hash')
+  assert again.arm('0/b', lambda: 2) == 2 and again.results['0/a'] == 1
+
+
+def test_results_of_other_code_are_told(tmp_path, recwarn):
+  contract.Workdir(tmp_path, config(), 'hash').arm('0/a', lambda: 1)
+  contract.Workdir(tmp_path, config(), 'hash')
+  assert not recwarn.list
+  file = tmp_path / 'config.json'
+  made = json.loads(file.read_text())
+  made['environment']['commit'] = 'f' * 40
+  file.write_text(json.dumps(made))
+  with pytest.warns(UserWarning, match='ffffffffffff.*another workdir'):
+    contract.Workdir(tmp_path, config(), 'hash')
+
+
 @pytest.mark.parametrize('other, key', [({'lr': 0.2}, 'lr'), ({'wd': 1}, 'wd')])
 def test_a_workdir_of_another_config_is_refused(tmp_path, other, key):
   contract.Workdir(tmp_path, config(), 'hash').arm('0/a', lambda: 1)
@@ -155,6 +186,14 @@ def command(*arguments):
     (['--config=configs/memorization.py:huge'], "Unknown preset 'huge'"),
     (['--config=configs/memorization.py:lm-cpu'], "Unknown preset 'lm-cpu'"),
     (['--config=configs/memorization.py:smoke', '--config.epoch=3'], 'epoch'),
+    (
+      ['--config=configs/memorization.py:smoke', '--config.bogus=3'],
+      'Unknown config key "\'bogus\'"',
+    ),
+    (
+      ['--config=configs/memorization.py:smoke', '--config.bogus=3'],
+      'Unknown config key "\'bogus\'"',
+    ),
     (['--config=configs/memorization.py:smoke', 'extra'], 'extra'),
   ],
 )

@@ -1,5 +1,6 @@
 """The memorization experiment end to end at `smoke`, and its rules."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,7 +13,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import memorization
+from experiments import contract, memorization
+from experiments.memorization_world import make_model, train
 from idesign import training
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -115,6 +117,143 @@ def test_claims_compare_only_with_points_as_accurate_as_ours():
   assert passed['mlp_test_kept'] and not passed['mlp_test_improved']
 
 
+def test_the_committed_claims_are_those_of_the_committed_results():
+  for world, folder in (('mlp', 'memorization'), ('vit', 'memorization-vit')):
+    path = ROOT / 'results' / folder
+    results = json.loads((path / 'results.json').read_text())
+    config = get_config(f'{world}-paper')
+    seeds = range(config.seed, config.seed + config.num_seeds)
+    claims = memorization.make_claims(config, results, seeds)
+    rows = json.loads(json.dumps([dataclasses.asdict(c) for c in claims]))
+    assert rows == json.loads((path / 'claims.json').read_text())
+
+
+def hand_made(said):
+  """Six training images, the first two mislabelled; two held out; two test."""
+  truth = np.arange(10)
+  labels = truth.copy()
+  labels[:2] = 7, 8
+  world = memorization.World(
+    images=np.zeros((10, 8, 8, 1), np.float32),
+    labels=labels,
+    truth=truth,
+    split=np.repeat([0, 1, 2], [6, 2, 2]),
+    noisy=np.arange(10) < 2,
+  )
+  predict = lambda params, images: np.array(said)
+  return memorization.Trained(3, world, {}, predict, {}, {}, {})
+
+
+def test_what_is_measured():
+  # Noisy: one wrong label said, one true. Clean: three of four right. Held
+  # out: one of two. Test: none.
+  trained = hand_made([7, 1, 2, 3, 4, 0, 6, 0, 0, 0])
+  assert memorization.measure(trained, {}) == {
+    'memorized': 50.0,
+    'recovered': 50.0,
+    'clean': 75.0,
+    'held_out': 50.0,
+    'test': 0.0,
+  }
+
+
+def test_groups_of_the_profile():
+  trained = hand_made([0] * 10)
+  groups = memorization.profile_groups(trained)
+  members = {k: np.flatnonzero(m).tolist() for k, (m, _) in groups.items()}
+  assert members == {
+    'noisy, memorized': [0, 1],
+    'clean, trained on': [2, 3, 4, 5],
+    'held out, wrong label': [6, 7],
+    'held out, true label': [6, 7],
+  }
+  labels = {k: labels[m] for k, (m, labels) in groups.items()}
+  assert labels['noisy, memorized'].tolist() == [7, 8]
+  assert labels['clean, trained on'].tolist() == [2, 3, 4, 5]
+  assert labels['held out, true label'].tolist() == [6, 7]
+  assert (labels['held out, wrong label'] != trained.world.truth[6:8]).all()
+
+
+def test_every_network_fits_the_labels_of_its_own_seed(tmp_path):
+  config = get_config('smoke').copy_and_resolve_references()
+  with config.unlocked():
+    config.num_seeds, config.epochs, config.learning_rate = 3, 150, 1e-2
+    config.weight_decay = 0.0
+  seeds = [2, 3, 4]
+  worlds = [memorization.make_world(s, **config.data) for s in seeds]
+  model = make_model(config)
+  workdir = contract.Workdir(tmp_path, config, 'data')
+  params = train(config, model, worlds, seeds, workdir)
+  right = np.zeros((3, 3))
+  for i, mine in enumerate(params):
+    for j, world in enumerate(worlds):
+      said = np.argmax(model.apply(mine, world.images[world.train]), -1)
+      right[i, j] = (said == world.labels[world.train]).mean()
+  assert (np.diag(right) > 0.97).all()
+  # Another seed's labels are wrong for a tenth of its images.
+  assert (right[~np.eye(3, dtype=bool)] < 0.95).all()
+  world = worlds[0]
+  said = np.argmax(model.apply(params[0], world.images[world.noisy]), -1)
+  assert (said == world.labels[world.noisy]).mean() > 0.8
+
+
+def test_factors_are_those_of_training_images_and_of_the_arms(
+  tmp_path, monkeypatch
+):
+  fed = []
+  make = memorization.curvature.kfac_factors
+
+  def spy(logits, paths, fisher):
+    factors = make(logits, paths, fisher)
+
+    def fn(params, images, *, key=None, labels=None):
+      fed.append((fisher, images.shape[0], labels is not None))
+      return factors(params, images, key=key, labels=labels)
+
+    return fn
+
+  monkeypatch.setattr(memorization.curvature, 'kfac_factors', spy)
+  memorization.run(get_config('smoke'), tmp_path)
+  assert {n for _, n, _ in fed} == {180}  # 60 % of 300.
+  by_arm = memorization.FISHER
+  assert {f for f, _, _ in fed} == set(by_arm.values())
+  assert {f for f, _, gold in fed if gold} == {by_arm['kfac_gold']}
+  settings = {k: (f.temperature, f.normalize) for k, f in by_arm.items()}
+  assert settings == {
+    'kfac': (1.0, 'example'),
+    'kfac_t1': (1.0, 'none'),
+    'kfac_t10': (10.0, 'none'),
+    'kfac_gold': (1.0, 'example'),
+  }
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (dict(num_seeds=1), 'num_seeds=1'),
+    (dict(seed=1), r'config.seed=1.*nothing can be claimed of \[1\]'),
+    (dict(arms=('svd', 'random')), r"lacks \['kfac'\]"),
+    (
+      dict(layer_sets=(('layer_9/kernel',),)),
+      r'config.layer_sets\[0\].*layer_9',
+    ),
+    (
+      {'operating_points.kfac': (7, 0.1)},
+      'config.operating_points.kfac names layer set 7',
+    ),
+    ({'data.images': 9999}, 'config.data.images=9999'),
+    ({'data.images': 0}, 'config.data.images=0'),
+  ],
+)
+def test_bad_configs_are_refused_before_work(change, message, tmp_path):
+  config = get_config('smoke').copy_and_resolve_references()
+  with config.unlocked():
+    config.update_from_flattened_dict(change)
+  with pytest.raises(ValueError, match=message):
+    memorization.run(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize('world', ['mlp', 'vit'])
 def test_smoke_runs_and_resumes(world, tmp_path):
   config = get_config(f'{world}-smoke')
@@ -186,6 +325,9 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
     results.append(json.loads((tmp_path / name / 'results.json').read_text()))
   # Sums of at most 128 x 64 products in another order, two updates of Adam.
   np.testing.assert_allclose(*curves, rtol=90 * np.finfo(np.float32).eps)
-  assert (
-    len(curves[0]) == config.epochs and results[0].keys() == results[1].keys()
-  )
+  assert len(curves[0]) == config.epochs
+  one, two = results
+  assert one.keys() == two.keys()
+  # Rounding may turn an image over, here and there.
+  same = [one[k] == two[k] for k in one if not k.endswith('profile')]
+  assert np.mean(same) > 0.7

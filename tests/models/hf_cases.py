@@ -26,9 +26,16 @@ _LLAMA = dict(
   num_attention_heads=4,
   num_key_value_heads=2,
   max_position_embeddings=64,
+  rms_norm_eps=1e-2,
 )
 _GPT2 = dict(
-  vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=48, n_inner=40
+  vocab_size=VOCAB,
+  n_embd=32,
+  n_layer=3,
+  n_head=4,
+  n_positions=48,
+  n_inner=40,
+  layer_norm_epsilon=1e-2,
 )
 _NEOX = dict(
   vocab_size=VOCAB,
@@ -37,6 +44,7 @@ _NEOX = dict(
   num_hidden_layers=3,
   num_attention_heads=2,
   max_position_embeddings=64,
+  layer_norm_eps=1e-2,
 )
 _LLAMA3 = dict(
   rope_type='llama3',
@@ -46,23 +54,36 @@ _LLAMA3 = dict(
   high_freq_factor=4.0,
   original_max_position_embeddings=32,
 )
-# Name: (prefix of the transformers classes, settings).
+# Name: (prefix of the transformers classes, settings). No setting that a family
+# reads is at its default in all of its cases.
 CASES = {
   'llama': (
     'Llama',
     _LLAMA | dict(head_dim=12, attention_bias=True, mlp_bias=True),
   ),
-  'llama-tied': ('Llama', _LLAMA | dict(tie_word_embeddings=True)),
+  'llama-tied': (
+    'Llama',
+    _LLAMA | dict(tie_word_embeddings=True, hidden_act='relu'),
+  ),
   'llama-rope': ('Llama', _LLAMA | dict(rope_parameters=_LLAMA3)),
-  'olmo2': ('Olmo2', _LLAMA | dict(rms_norm_eps=1e-3)),
-  'olmo2-bias': ('Olmo2', _LLAMA | dict(attention_bias=True)),
-  'qwen2': ('Qwen2', _LLAMA | dict(tie_word_embeddings=True)),
+  'olmo2': ('Olmo2', _LLAMA),
+  'olmo2-bias': (
+    'Olmo2',
+    _LLAMA | dict(attention_bias=True, hidden_act='relu'),
+  ),
+  'qwen2': (
+    'Qwen2',
+    _LLAMA | dict(tie_word_embeddings=True, hidden_act='gelu'),
+  ),
   'qwen2-window': (
     'Qwen2',
     _LLAMA
     | dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
   ),
-  'qwen3': ('Qwen3', _LLAMA | dict(head_dim=12, attention_bias=True)),
+  'qwen3': (
+    'Qwen3',
+    _LLAMA | dict(head_dim=12, attention_bias=True, hidden_act='relu'),
+  ),
   'qwen3-window': (
     'Qwen3',
     _LLAMA
@@ -88,6 +109,7 @@ CASES = {
     _NEOX
     | dict(
       use_parallel_residual=False,
+      hidden_act='gelu_new',
       tie_word_embeddings=True,
       attention_bias=False,
       rope_parameters=dict(

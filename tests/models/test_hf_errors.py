@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -216,6 +217,8 @@ NEOX = dict(
     (dict(LLAMA, num_key_value_heads=3), 'n_kv_heads=3'),
     (dict(LLAMA, num_attention_heads='2'), 'src'),
     (dict(LLAMA, quantization_config={'bits': 4}), 'quantization_config'),
+    (dict(LLAMA, rope_scaling=[1]), r'rope_scaling=\[1\]'),
+    (dict(LLAMA, architectures='OtherModel'), 'architecture OtherModel'),
     (dict(LLAMA, sliding_window=8), 'sliding_window=8'),
     (dict(LLAMA, partial_rotary_factor=0.5), 'partial_rotary_factor=0.5'),
     (
@@ -310,6 +313,27 @@ def test_exports_do_not_overwrite(folder):
   with pytest.raises(CheckpointError, match='not an empty folder'):
     save_pretrained(folder, model, params)
   assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_full_disk_is_told_and_nothing_left(tmp_path):
+  model = transformer(TINY)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+  try:
+    with pytest.raises(CheckpointError, match='safetensors could not.*make'):
+      save_pretrained(tmp_path / 'out', model, some_params(model))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_could_not_be_loaded_are_not_exported(tmp_path):
+  model = transformer(TINY)
+  params = some_params(model)
+  params['final_norm']['scale'] = np.full(8, np.nan, np.float32)
+  with pytest.raises(CheckpointError, match='norm.* NaN'):
+    save_pretrained(tmp_path / 'out', model, params)
+  assert not list(tmp_path.iterdir())
 
 
 def test_failed_exports_leave_nothing(tmp_path, monkeypatch):

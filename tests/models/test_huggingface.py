@@ -69,7 +69,18 @@ def _rope(config, **changes):
     ('llama-rope', lambda c: _rope(c, scaling=None)),
     ('llama', lambda c: _rope(c, theta=5e3)),
     ('llama', lambda c: dict(activation='gelu')),
+    ('llama', lambda c: dict(norm_eps=1e-6)),
+    ('llama-tied', lambda c: dict(activation='silu')),
     ('olmo2', lambda c: dict(norm_eps=1e-5)),
+    ('olmo2-bias', lambda c: dict(activation='silu')),
+    ('qwen2', lambda c: dict(norm_eps=1e-6)),
+    ('qwen2', lambda c: dict(activation='silu')),
+    ('qwen3', lambda c: dict(norm_eps=1e-6)),
+    ('qwen3', lambda c: dict(activation='silu')),
+    ('gpt2', lambda c: dict(norm_eps=1e-5)),
+    ('gpt2-untied', lambda c: dict(activation='gelu_tanh')),
+    ('neox', lambda c: dict(norm_eps=1e-5)),
+    ('neox-serial', lambda c: dict(activation='gelu')),
     ('qwen2-window', lambda c: dict(sliding_window=None)),
     ('qwen3-window', lambda c: dict(sliding_window=hf_cases.WINDOW)),
     ('gpt2', lambda c: dict(activation='gelu')),
@@ -96,7 +107,7 @@ def test_positions_matter(case):
 
 @pytest.mark.parametrize(
   'case',
-  ['llama', 'olmo2', 'qwen3-window', 'gpt2', 'neox'],
+  ['llama', 'olmo2', 'qwen2-window', 'qwen3-window', 'gpt2', 'neox'],
 )
 def test_greedy_generation_is_that_of_transformers(case):
   import torch

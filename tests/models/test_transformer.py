@@ -351,10 +351,27 @@ def test_what_cannot_be_embedded_is_nan():
   tokens, mask = inputs()
   logits = compiled('plain')(params, tokens.at[1, 6].set(13), mask)
   assert jnp.isnan(logits[1, 6:]).all() and jnp.isfinite(logits[0]).all()
+  logits = compiled('plain')(params, tokens.at[1, 6].set(-1), mask)
+  assert jnp.isnan(logits[1, 6:]).all() and jnp.isfinite(logits[0]).all()
+  # Padding is nobody's index, whatever it holds.
+  padded = compiled('plain')(params, tokens, mask.at[1, 6].set(False))
+  for anything in (-1, 13):
+    logits = compiled('plain')(
+      params, tokens.at[1, 6].set(anything), mask.at[1, 6].set(False)
+    )
+    rows = np.arange(9) != 6
+    np.testing.assert_array_equal(logits[1, rows], padded[1, rows])
   model, params = build('learned')
   late = jnp.full((3, 9), 16)
   logits = jax.jit(model.apply)(params, tokens, positions_BT=late)
   assert jnp.isnan(logits).all()
+
+
+def test_a_cache_is_no_longer_than_learned_positions():
+  model, _ = build('learned')
+  init_cache(model.config, 2, 16)
+  with pytest.raises(ValueError, match='17 slots.*max_len=16'):
+    init_cache(model.config, 2, 17)
 
 
 def test_an_overfull_cache_is_an_error_or_nan():

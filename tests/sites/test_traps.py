@@ -50,6 +50,43 @@ def test_a_loss_that_closes_over_its_batch_size_still_works():
   sites.find_sites(loss, {'w': normal(1, D, 3)}, normal(2, B, D))
 
 
+@pytest.mark.parametrize('insists', ['closes over', 'asserts'])
+def test_what_cannot_be_checked_must_not_be_ambiguous(insists):
+  weights = jnp.arange(1.0, B + 1)
+
+  def loss(params, x):
+    if insists == 'asserts':
+      assert x.shape == (B, B, D)
+      return total(jnp.swapaxes(jnp.swapaxes(x, 0, 1) @ params['w'], 0, 1))
+    y = jnp.swapaxes(x, 0, 1) @ params['w']
+    return total(jnp.swapaxes(y, 0, 1)) * weights
+
+  params, x = {'w': normal(1, D, D)}, normal(2, B, B, D)
+  with pytest.raises(sites.UnsupportedUseError, match='2 axes.*in the batch'):
+    sites.find_sites(loss, params, x)
+
+
+def test_assertions_of_a_loss_are_its_own():
+  def loss(params, x):
+    assert x.shape == (B, 2, D)
+    return total(x @ params['w'])
+
+  params, x = {'w': normal(1, D, D)}, normal(2, B, 2, D)
+  assert len(sites.find_sites(loss, params, x).sites) == 1
+
+
+def test_explicit_meshes_are_refused():
+  axis = jax.sharding.AxisType.Explicit
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(axis,))
+  spec = jax.sharding.PartitionSpec('data')
+  x = jax.device_put(normal(2, 8, 2, D), jax.sharding.NamedSharding(mesh, spec))
+  loss = lambda p, x: total(x @ p['w'])
+  read = sites.collect(loss, {'a': sites.input_moment})
+  for f in (read, jax.jit(read)):
+    with pytest.raises(ValueError, match='explicit.*AxisType.Auto'):
+      f({'w': normal(1, D, D)}, x)
+
+
 def prefetched(params, x):
   """Each step uses the weight that the step before handed on."""
 

@@ -364,10 +364,29 @@ def test_fingerprint_sees_every_bit(name):
     assert marks({'x': other}) != mark
 
 
+def test_fingerprint_sees_several_changes_at_once():
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(10, 10)), jnp.float32)
+  mark = marks({'x': x})
+  for other in (
+    x.at[:2, 0].multiply(-1),
+    x.at[3].multiply(-1),
+    -x,
+    x[::-1],
+    x.at[0].set(x[1]).at[1].set(x[0]),
+  ):
+    assert marks({'x': other}) != mark
+
+
 def test_fingerprint_is_its_formula_on_any_mesh():
   x = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
-  bits = x.view(np.uint32).ravel().astype(object)
-  expected = sum((b + 1) * (2 * i + 1) for i, b in enumerate(bits)) % 2**32
+
+  def mix(h):
+    h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+    h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+    return h ^ h >> 16
+
+  bits = enumerate(x.view(np.uint32).ravel().tolist())
+  expected = sum(mix(b ^ i * 0x9E3779B9 % 2**32) for i, b in bits) % 2**32
   for spec in (P(), P('data'), P('model'), P('model', 'data')):
     on = NamedSharding(make_mesh(2, 4), spec)
     assert marks({'x': jax.device_put(x, on)})['x'] == expected

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 
 import jax.numpy as jnp
 import numpy as np
@@ -110,3 +111,21 @@ def test_missing_folder_and_closed_writer(tmp_path):
     pass
   with pytest.raises(ValueError, match='closed'):
     writer.write(1, {})
+
+
+def test_a_full_disk_names_the_file_and_keeps_its_lines(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  writer = MetricsWriter(path)
+  writer.write(1, {'loss': 0.5})
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
+  try:
+    with pytest.raises(OSError, match='metrics.jsonl.*step 2.*make room'):
+      writer.write(2, {'loss': 0.25})
+    writer.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert read_metrics(path) == [{'step': 1, 'loss': 0.5}]
+  with MetricsWriter(path) as writer:
+    writer.write(2, {'loss': 0.25})
+  assert [r['step'] for r in read_metrics(path)] == [1, 2]
