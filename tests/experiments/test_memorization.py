@@ -129,49 +129,49 @@ def test_the_committed_claims_are_those_of_the_committed_results():
 
 
 def hand_made(said):
-  """Six training images, the first two mislabelled; two held out; two test."""
-  truth = np.arange(10)
+  """Eight training images, four mislabelled; two held out; two test."""
+  truth = np.arange(12) % 10
   labels = truth.copy()
-  labels[:2] = 7, 8
+  labels[:4] = 6, 7, 8, 9
   world = memorization.World(
-    images=np.zeros((10, 8, 8, 1), np.float32),
+    images=np.zeros((12, 8, 8, 1), np.float32),
     labels=labels,
     truth=truth,
-    split=np.repeat([0, 1, 2], [6, 2, 2]),
-    noisy=np.arange(10) < 2,
+    split=np.repeat([0, 1, 2], [8, 2, 2]),
+    noisy=np.arange(12) < 4,
   )
   predict = lambda params, images: np.array(said)
   return memorization.Trained(3, world, {}, predict, {}, {}, {})
 
 
 def test_what_is_measured():
-  # Noisy: one wrong label said, one true. Clean: three of four right. Held
-  # out: one of two. Test: none.
-  trained = hand_made([7, 1, 2, 3, 4, 0, 6, 0, 0, 0])
+  # Noisy: three wrong labels said, one true. Clean: two of four right. Held
+  # out: both. Test: none.
+  trained = hand_made([6, 7, 8, 3, 4, 5, 0, 0, 8, 9, 5, 5])
   assert memorization.measure(trained, {}) == {
-    'memorized': 50.0,
-    'recovered': 50.0,
-    'clean': 75.0,
-    'held_out': 50.0,
+    'memorized': 75.0,
+    'recovered': 25.0,
+    'clean': 50.0,
+    'held_out': 100.0,
     'test': 0.0,
   }
 
 
 def test_groups_of_the_profile():
-  trained = hand_made([0] * 10)
+  trained = hand_made([0] * 12)
   groups = memorization.profile_groups(trained)
   members = {k: np.flatnonzero(m).tolist() for k, (m, _) in groups.items()}
   assert members == {
-    'noisy, memorized': [0, 1],
-    'clean, trained on': [2, 3, 4, 5],
-    'held out, wrong label': [6, 7],
-    'held out, true label': [6, 7],
+    'noisy, memorized': [0, 1, 2, 3],
+    'clean, trained on': [4, 5, 6, 7],
+    'held out, wrong label': [8, 9],
+    'held out, true label': [8, 9],
   }
   labels = {k: labels[m] for k, (m, labels) in groups.items()}
-  assert labels['noisy, memorized'].tolist() == [7, 8]
-  assert labels['clean, trained on'].tolist() == [2, 3, 4, 5]
-  assert labels['held out, true label'].tolist() == [6, 7]
-  assert (labels['held out, wrong label'] != trained.world.truth[6:8]).all()
+  assert labels['noisy, memorized'].tolist() == [6, 7, 8, 9]
+  assert labels['clean, trained on'].tolist() == [4, 5, 6, 7]
+  assert labels['held out, true label'].tolist() == [8, 9]
+  assert (labels['held out, wrong label'] != [8, 9]).all()
 
 
 def test_every_network_fits_the_labels_of_its_own_seed(tmp_path):
