@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
-from idesign.sites import _find, _jaxpr, selection
+from idesign.sites import _jaxpr, selection
 from idesign.sites._site import Site, Sites, Use
+from idesign.sites._trace import Loss, PyTree, traced
 from idesign.sites.statistics import Statistic, per_example_gradient
-
-PyTree = Any
-Loss = Callable[[PyTree, PyTree], Float[Array, 'B']]
 
 
 class UnreadUseError(ValueError):
@@ -52,74 +49,6 @@ class Readout:
   unread: tuple[Use, ...]
 
 
-def _traced(loss: Loss, params: PyTree, batch: PyTree, select, example_axis):
-  """Traces a loss and finds its sites."""
-  paths = selection.leaf_paths(params)
-  chosen = selection.match_paths(select, paths)
-  _refuse_explicit_meshes((params, batch))
-  closed, _ = _jaxpr.trace(loss, params, batch)
-  shapes = [a.shape for a in closed.out_avals]
-  if len(shapes) != 1 or len(shapes[0]) != 1:
-    raise ValueError(
-      'A loss returns one value per example, shape [B]; this one returns '
-      f'{shapes}. Do not average over the batch.'
-    )
-  arguments = [*paths, *[None] * len(jax.tree.leaves(batch))]
-  (size,) = shapes[0]
-  larger = _one_more_example(loss, params, batch, size, example_axis)
-  sites, plan = _find.find(
-    closed, arguments, chosen, size, example_axis, checked=larger is not None
-  )
-  if larger is not None:
-    try:
-      _find.find(larger, arguments, chosen, size + 1, example_axis)
-    except _find.UnsupportedUseError as error:
-      raise _find.UnsupportedUseError(
-        error.path,
-        error.primitive,
-        f'axis {example_axis} of the layer input has the size of the batch, '
-        f'{size}, but does not grow with it, so it is not the examples. Name '
-        'the example axis with example_axis.',
-      ) from error
-  return closed, sites, plan
-
-
-def _one_more_example(loss, params, batch, size: int, axis: int):
-  """The loss traced with one example more, to tell axes of equal size apart.
-
-  None if that cannot be traced, because the loss closes over arrays of this
-  batch's size or insists on it; then no other axis may have that size.
-  """
-
-  def grown(leaf):
-    shape = list(jnp.shape(leaf))
-    at = axis if len(shape) > axis and shape[axis] == size else 0
-    if shape and shape[at] == size:
-      shape[at] += 1
-    return jax.ShapeDtypeStruct(shape, jnp.result_type(leaf))
-
-  try:
-    closed, _ = _jaxpr.trace(loss, params, jax.tree.map(grown, batch))
-  except Exception:  # pylint: disable=broad-except
-    return None  # The loss is the user's, and so are its assertions.
-  same_contract = [a.shape for a in closed.out_avals] == [(size + 1,)]
-  return closed if same_contract else None
-
-
-def _refuse_explicit_meshes(arguments: PyTree) -> None:
-  for leaf in jax.tree.leaves(arguments):
-    if not isinstance(leaf, jax.Array):
-      continue
-    mesh = jax.typeof(leaf).sharding.mesh
-    if AxisType.Explicit in mesh.axis_types:
-      raise ValueError(
-        f'An argument of shape {leaf.shape} lives on a mesh with explicit '
-        f'axes, {mesh.axis_names}. Statistics are sharded by the compiler: '
-        'make the mesh with axis_types=(AxisType.Auto,) * '
-        f'{len(mesh.axis_names)}, as idesign.training.make_mesh does.'
-      )
-
-
 def find_sites(
   loss: Loss,
   params: PyTree,
@@ -148,7 +77,7 @@ def find_sites(
     UnsupportedUseError: a selected parameter reaches `cond`, `while`,
       `shard_map`, a custom derivative, a batched product or a scan's carry.
   """
-  return _traced(loss, params, batch, select, example_axis)[1]
+  return traced(loss, params, batch, select, example_axis)[1]
 
 
 def collect(
@@ -201,7 +130,7 @@ def collect(
     raise ValueError(f"unread is 'raise' or 'report', not {unread!r}.")
 
   def read(params, batch, *, mask=None, inputs=None) -> Readout:
-    closed, (sites, other), plan = _traced(
+    closed, (sites, other), plan = traced(
       loss, params, batch, select, example_axis
     )
     if other and unread == 'raise':
