@@ -271,7 +271,7 @@ def run(config, folder: pathlib.Path) -> None:
   # What follows is small: every process does all of it, the first one writes.
   for seed, world, mine in zip(seeds, worlds, params):
     images, labels = world.images[world.train], world.labels[world.train]
-    at = {s.name: s for s in sites.find_sites(loss, mine, images, paths).sites}
+    at = sites.find_sites(loss, mine, images, paths).by_name
     bases = {
       arm: curvature.spectra(
         factors[arm](mine, images, **_labels(arm, seed, labels))

@@ -40,6 +40,8 @@ def main(run: Callable[[object, pathlib.Path], None]) -> None:
     run(config.value, folder)
     if jax.process_index() != 0:
       return  # Process 0 speaks for all.
+    if config.value.get('preset') == 'smoke':
+      print('smoke only runs every code path: no claim is meant to hold')
     failed = []
     for c in json.loads((folder / 'claims.json').read_text('utf-8')):
       verdict = 'holds' if c['passed'] else 'FAILS'
@@ -56,8 +58,10 @@ def main(run: Callable[[object, pathlib.Path], None]) -> None:
     try:
       return flags.FLAGS(arguments)
     except AttributeError as error:  # What a ConfigDict raises.
+      # Its message is the repr of a message.
+      what = str(error).strip('"\'').replace('\\n', '. ').replace('\\', '')
       sys.exit(
-        f'Unknown config key {error}. A key is set with --config.KEY=VALUE; '
+        f'Unknown config key: {what}. A key is set with --config.KEY=VALUE; '
         'the config file that --config names lists them.'
       )
 

@@ -234,6 +234,11 @@ class Sites(NamedTuple):
   sites: tuple[Site, ...]
   unread: tuple[Use, ...]
 
+  @property
+  def by_name(self) -> dict[str, Site]:
+    """The sites by name, as edits take them."""
+    return {site.name: site for site in self.sites}
+
   def __str__(self) -> str:
     rows = [('site', 'stack', 'positions', 'd_in', 'd_out', 'shared')]
     rows += [

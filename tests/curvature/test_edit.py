@@ -34,7 +34,7 @@ X = jax.random.normal(jax.random.key(5), (9, D))
 def setting():
   p = params()
   loss = lambda p, x: apply(p, x).sum(-1)
-  at = {s.name: s for s in sites.find_sites(loss, p, X).sites}
+  at = sites.find_sites(loss, p, X).by_name
   factors = curvature.kfac_factors(apply, '.*')(p, X, key=jax.random.key(1))
   return p, at, curvature.spectra(factors)
 
