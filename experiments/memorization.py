@@ -23,7 +23,7 @@ less (0.5 % kept instead of 0.3 %) lose 0.3 points on average and still do not
 raise it.
 
 For the small ViT the edit fails. At its operating point 73 % of the wrong
-labels are still given; 15 to 18 points fewer than with the controls on average,
+labels are still given; 14 to 18 points fewer than with the controls on average,
 but not on every seed. What was tried on seeds 0 and 1, lowest memorized
 accuracy with held-out accuracy kept, in percent: attention's projections in
 the layer sets, alone (95 to 100) or with the MLPs' (66 to 92, where the MLPs
@@ -32,7 +32,6 @@ decay and MLPs four times as wide, their first projections edited (84). With
 three times the decay and twice the epochs the network memorizes only 31 % to
 begin with, with five times 3 %. The spectrum's figure suggests why: in the ViT
 the gradients of memorized images lie where everybody's do.
-
 
 Run: see `configs/memorization.py`.
 """
