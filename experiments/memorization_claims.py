@@ -55,7 +55,8 @@ def make_claims(config, results, seeds) -> list[contract.Claim]:
 
   paper = 'Merullo et al. 2025, arXiv 2510.24256, Table 2'
   column = lambda rows, name: [r[name] for r in rows]
-  change = [r['test'] - b['test'] for r, b in zip(ours, base)]
+  lost = [b['test'] - r['test'] for b, r in zip(base, ours)]
+  gained = [r['test'] - b['test'] for b, r in zip(base, ours)]
   rows = [
       ('fitted', 'memorized labels before the edit, %',
        column(base, 'memorized'), '>=', 95, f'{paper}: 81.6'),
@@ -64,8 +65,7 @@ def make_claims(config, results, seeds) -> list[contract.Claim]:
       ('recovered', 'noisy images given their true label after the edit, %',
        column(ours, 'recovered'), '>=', 80, f'{paper}: 66.5'),
       ('test_kept', 'test accuracy lost by the edit, points',
-       [b['test'] - r['test'] for r, b in zip(ours, base)], '<=', 3,
-       f'{paper}: -4.7'),
+       lost, '<=', 3, f'{paper}: -4.7'),
       ('below_svd', 'memorized labels, ours minus the best SVD grid point of '
        'at least our test accuracy, points',
        difference('svd'), '<=', 0, f'{paper}: SVD equal in memorization'),
@@ -73,7 +73,7 @@ def make_claims(config, results, seeds) -> list[contract.Claim]:
        'point of at least our test accuracy, points',
        difference('random'), '<=', 0, 'placebo: a random choice of components'),
       ('test_improved', 'test accuracy gained by the edit, points',
-       change, '>=', 0, f'{paper}: +4.7'),
+       gained, '>=', 0, f'{paper}: +4.7'),
   ]  # fmt: skip
   return [
       contract.claim(

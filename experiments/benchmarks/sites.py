@@ -10,8 +10,8 @@ count of FLOPs by hand. Times are medians of interleaved repeats. FLOPs are
 counted on the same program with the loop over layers unrolled, because XLA
 counts the body of a loop once.
 
-One target is missed on CPUs: K-FAC factors in 0.8 of a gradient's time. The
-backward pass to the activations alone takes 0.64. The second moments of all 42
+One target is missed on CPUs: K-FAC factors in 0.8 of a gradient's time. Forward
+and backward to the activations alone take 0.64. The second moments of all 42
 projections are 196 GFLOP at the speed of a plain matrix product, where the
 weight gradients that they replace are 79. Tried, in one run, next to 0.96 as it
 is: the upper triangle only, in 2 or 4 blocks (0.95, 1.02); BLAS's `syrk` by
@@ -143,8 +143,8 @@ def programs(model: models.Model, layers: int) -> dict[str, Callable[..., Any]]:
 def flops_by_hand(batch: int, time_: int, layers: int) -> dict[str, float]:
   """Matrix products alone; a product of m x k by k x n is 2 m k n.
 
-  Let P be the projections' weights per layer, S = sum over projections of
-  d_in + d_out, T tokens per sequence and N = B T. Forward: 2 N P per layer,
+  Let P be the projections' weights per layer, T tokens per sequence and
+  N = B T. Forward: 2 N P per layer,
   4 N T D for scores and values, 2 N D V for the tied head. The backward pass
   to the activations costs the forward once more (attention twice), the one to
   the weights once more.

@@ -94,30 +94,31 @@ class Workdir:
       ValueError: the folder was made by another config or from other data,
         listing what differs; nothing there is changed.
     """
+    now = environment()
     self.config = config.to_dict() | {'data_sha256': data}
     self.path = training.claim_workdir(
       path,
-      self.config | {'environment': environment()},
+      self.config | {'environment': now},
       ignore=['environment'],
     )
     if jax.process_index() == 0:
       (self.path / 'figures').mkdir(exist_ok=True)
+      self._warn_of_other_code(now)
     self._file = self.path / 'results.json'
     self.results = {}
     if self._file.exists():
       self.results = json.loads(self._file.read_text('utf-8'))
-      self._warn_of_other_code()
 
-  def _warn_of_other_code(self) -> None:
+  def _warn_of_other_code(self, now: dict[str, Any]) -> None:
     made = json.loads((self.path / 'config.json').read_text('utf-8'))
-    before, now = made['environment'], environment()
+    before = made['environment']
     different = [k for k in now if k != 'devices' and before.get(k) != now[k]]
     if different:
       warnings.warn(
-        f'{self.path} has results made with other code or packages (commit '
+        f'{self.path} was begun with other code or packages (commit '
         f'{before["commit"][:12]}, now {now["commit"][:12]}; different: '
-        f'{", ".join(different)}). They are kept; to measure the code as it '
-        'is now, choose another workdir.',
+        f'{", ".join(different)}). What is there is kept; to measure the code '
+        'as it is now, choose another workdir.',
         stacklevel=3,
       )
 
@@ -131,5 +132,9 @@ class Workdir:
     if name not in self.results:
       # Through JSON, so that a resumed run sees just what a fresh one does.
       self.results[name] = json.loads(json.dumps(compute(), allow_nan=False))
-      write_text(self._file, json.dumps(self.results, indent=1) + '\n')
+      # An arm a line: small, and two runs can be compared.
+      rows = [
+        f'{json.dumps(k)}: {json.dumps(v)}' for k, v in self.results.items()
+      ]
+      write_text(self._file, '{\n' + ',\n'.join(rows) + '\n}\n')
     return self.results[name]

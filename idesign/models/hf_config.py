@@ -19,36 +19,46 @@ from idesign.models.hf_fields import (
 )
 
 
-def _read_llama_like(hf: Reader) -> dict[str, Any]:
+def _read_sizes(hf: Reader) -> dict[str, Any]:
   return dict(
     vocab_size=hf.require('vocab_size'),
     d_model=hf.require('hidden_size'),
     d_ff=hf.require('intermediate_size'),
     n_layers=hf.require('num_hidden_layers'),
     n_heads=hf.require('num_attention_heads'),
-    n_kv_heads=hf.raw.get('num_key_value_heads'),
-    head_dim=hf.raw.get('head_dim'),
-    activation=hf.activation('hidden_act', 'silu'),
-    norm_eps=hf.get('rms_norm_eps', 1e-6),
     max_len=hf.get('max_position_embeddings', 2048),
     tie_embeddings=hf.get('tie_word_embeddings', False),
-    rope=hf.rope('rope_theta', None, 1.0),
   )
 
 
-def _write_llama_like(config: TransformerConfig) -> dict[str, Any]:
+def _write_sizes(config: TransformerConfig) -> dict[str, Any]:
   return dict(
     vocab_size=config.vocab_size,
     hidden_size=config.d_model,
     intermediate_size=config.d_ff,
     num_hidden_layers=config.n_layers,
     num_attention_heads=config.n_heads,
+    max_position_embeddings=config.max_len,
+    tie_word_embeddings=config.tie_embeddings,
+  )
+
+
+def _read_llama_like(hf: Reader) -> dict[str, Any]:
+  return _read_sizes(hf) | dict(
+    n_kv_heads=hf.raw.get('num_key_value_heads'),
+    head_dim=hf.raw.get('head_dim'),
+    activation=hf.activation('hidden_act', 'silu'),
+    norm_eps=hf.get('rms_norm_eps', 1e-6),
+    rope=hf.rope('rope_theta', None, 1.0),
+  )
+
+
+def _write_llama_like(config: TransformerConfig) -> dict[str, Any]:
+  return _write_sizes(config) | dict(
     num_key_value_heads=config.n_kv_heads,
     head_dim=config.head_dim,
     hidden_act=write_activation(config.activation),
     rms_norm_eps=config.norm_eps,
-    max_position_embeddings=config.max_len,
-    tie_word_embeddings=config.tie_embeddings,
     **write_rope(config.rope),
   )
 
@@ -157,16 +167,9 @@ def _write_gpt2(config: TransformerConfig) -> dict[str, Any]:
 
 def _read_gpt_neox(hf: Reader) -> dict[str, Any]:
   bias = hf.get('attention_bias', True)
-  return dict(
-    vocab_size=hf.require('vocab_size'),
-    d_model=hf.require('hidden_size'),
-    d_ff=hf.require('intermediate_size'),
-    n_layers=hf.require('num_hidden_layers'),
-    n_heads=hf.require('num_attention_heads'),
-    max_len=hf.get('max_position_embeddings', 2048),
+  return _read_sizes(hf) | dict(
     activation=hf.activation('hidden_act', 'gelu'),
     norm_eps=hf.get('layer_norm_eps', 1e-5),
-    tie_embeddings=hf.get('tie_word_embeddings', False),
     parallel_residual=hf.get('use_parallel_residual', True),
     rope=hf.rope('rotary_emb_base', 'rotary_pct', 0.25),
     norm='layer',
@@ -178,16 +181,9 @@ def _read_gpt_neox(hf: Reader) -> dict[str, Any]:
 
 
 def _write_gpt_neox(config: TransformerConfig) -> dict[str, Any]:
-  return dict(
-    vocab_size=config.vocab_size,
-    hidden_size=config.d_model,
-    intermediate_size=config.d_ff,
-    num_hidden_layers=config.n_layers,
-    num_attention_heads=config.n_heads,
-    max_position_embeddings=config.max_len,
+  return _write_sizes(config) | dict(
     hidden_act=write_activation(config.activation),
     layer_norm_eps=config.norm_eps,
-    tie_word_embeddings=config.tie_embeddings,
     use_parallel_residual=config.parallel_residual,
     attention_bias=config.qkv_bias,
     **write_rope(config.rope, theta='rotary_emb_base', fraction='rotary_pct'),

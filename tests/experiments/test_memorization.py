@@ -3,19 +3,17 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import pathlib
 import shutil
-import socket
-import subprocess
-import sys
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import contract, memorization
 from experiments.memorization_world import make_model, train
 from idesign import training
+from tests import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -207,17 +205,29 @@ def test_factors_are_those_of_training_images_and_of_the_arms(
     factors = make(logits, paths, fisher)
 
     def fn(params, images, *, key=None, labels=None):
-      fed.append((fisher, images.shape[0], labels is not None))
+      gold = () if labels is None else (labels,)
+      record = lambda *values: fed.append((fisher, *map(np.array, values)))
+      jax.debug.callback(record, images, *gold)
       return factors(params, images, key=key, labels=labels)
 
     return fn
 
   monkeypatch.setattr(memorization.curvature, 'kfac_factors', spy)
-  memorization.run(get_config('smoke'), tmp_path)
-  assert {n for _, n, _ in fed} == {180}  # 60 % of 300.
+  config = get_config('smoke')
+  memorization.run(config, tmp_path)
+  jax.effects_barrier()
   by_arm = memorization.FISHER
-  assert {f for f, _, _ in fed} == set(by_arm.values())
-  assert {f for f, _, gold in fed if gold} == {by_arm['kfac_gold']}
+  worlds = [memorization.make_world(s, **config.data) for s in (2, 3)]
+  for fisher in by_arm.values():
+    mine = [values for f, *values in fed if f == fisher]
+    assert len(mine) == 2  # Seeds.
+    for world, values in zip(worlds, mine):
+      expected = [world.images[world.train]]
+      if fisher.labels == 'gold':
+        expected.append(world.labels[world.train])
+      assert len(values) == len(expected)
+      for value, wanted in zip(values, expected):
+        np.testing.assert_array_equal(value, wanted)
   settings = {k: (f.temperature, f.normalize) for k, f in by_arm.items()}
   assert settings == {
     'kfac': (1.0, 'example'),
@@ -282,40 +292,12 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
   with config.unlocked():
     config.arms = ('svd', 'kfac', 'random')
   memorization.run(config, tmp_path / 'one')
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  command = [
-    sys.executable, '-m', 'experiments.memorization',
-    '--config=configs/memorization.py:smoke', f'--workdir={tmp_path / "two"}',
+  outputs = processes.run_two(
+    'experiments.memorization',
+    '--config=configs/memorization.py:smoke',
+    f'--workdir={tmp_path / "two"}',
     "--config.arms=('svd', 'kfac', 'random')",
-  ]  # fmt: skip
-  environment = {
-    **os.environ,
-    'JAX_PLATFORMS': 'cpu',
-    'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
-    'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
-    'JAX_NUM_PROCESSES': '2',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
-  }
-  processes = [
-    subprocess.Popen(
-      command,
-      cwd=ROOT,
-      env={**environment, 'JAX_PROCESS_ID': str(i)},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    outputs = [p.communicate(timeout=180)[0] for p in processes]
-  finally:
-    for p in processes:
-      p.kill()
-  for p, output in zip(processes, outputs):
-    assert p.returncode == 0, output[-3000:]
+  )
   # Process 0 alone reports.
   assert ['before the edit' in output for output in outputs] == [True, False]
   curves, results = [], []

@@ -109,13 +109,8 @@ def main():
   parser.add_argument('--meshes', nargs='+', default=['1x1'])
   parser.add_argument('--num_steps', type=int, default=10)
   parser.add_argument('--save_every', type=int, default=5)
-  parser.add_argument('--coordinator')
-  parser.add_argument('--processes', type=int)
-  parser.add_argument('--process', type=int)
   args = parser.parse_args()
-  training.initialize_distributed(
-    args.coordinator, args.processes, args.process
-  )
+  training.initialize_distributed()
   for name in args.meshes:
     data, model = map(int, name.split('x'))
     mesh = training.make_mesh(data, model)

@@ -1,11 +1,6 @@
 """The same run on one device, on a 2 x 4 mesh, and on two processes."""
 
 import functools
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 from jax.sharding import NamedSharding
@@ -22,9 +17,9 @@ from idesign.training import (
   read_metrics,
   shard_batch,
 )
+from tests import processes
 from tests.training import script
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 NUM_STEPS = 8
 # Losses and norms are sums of at most 16 x 512 products whose order differs
 # between meshes, fed back through 8 updates: eps times a random walk of about
@@ -51,45 +46,14 @@ def root(tmp_path_factory):
 def two_processes(tmp_path_factory):
   """Runs the script on two processes of four devices, on two meshes."""
   workdir = tmp_path_factory.mktemp('two')
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  environment = {
-    **os.environ,
-    'PYTHONPATH': str(ROOT),
-    'JAX_PLATFORMS': 'cpu',
-    'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
-  }
-  processes = [
-    subprocess.Popen(
-      [
-        sys.executable,
-        '-m',
-        'tests.training.script',
-        str(workdir),
-        f'--num_steps={NUM_STEPS}',
-        '--meshes',
-        '2x4',
-        '1x8',
-        f'--coordinator=127.0.0.1:{port}',
-        '--processes=2',
-        f'--process={index}',
-      ],
-      cwd=ROOT,
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-    )
-    for index in range(2)
-  ]
-  try:
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  for process, output in zip(processes, outputs):
-    assert process.returncode == 0, output.decode()[-3000:]
+  processes.run_two(
+    'tests.training.script',
+    str(workdir),
+    f'--num_steps={NUM_STEPS}',
+    '--meshes',
+    '2x4',
+    '1x8',
+  )
   return workdir
 
 
