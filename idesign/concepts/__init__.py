@@ -1,0 +1,15 @@
+"""Concepts: sparse autoencoders, and what an update does to their features."""
+
+from idesign.concepts.sae import SAE, SAEConfig, make_sae, sae_shardings
+from idesign.concepts.sae_metrics import (
+  Fit,
+  LossRecovered,
+  evaluate_sae,
+  loss_recovered,
+)
+from idesign.concepts.sae_train import (
+  SAEState,
+  finished,
+  init_sae,
+  make_sae_step,
+)
