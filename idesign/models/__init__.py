@@ -3,6 +3,7 @@
 from idesign.models.attention import KVCache, init_cache
 from idesign.models.config import (
   BlockConfig,
+  LinearScaling,
   Llama3Scaling,
   RopeConfig,
   TransformerConfig,

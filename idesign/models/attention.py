@@ -66,7 +66,7 @@ class KeySlots(NamedTuple):
 
 
 class Attention(nnx.Module):
-  """`o(softmax(q k^T / sqrt(head_dim)) v)` with biases and norms as configured.
+  """`o(softmax(scale q k^T) v)` with scale, biases and norms as configured.
 
   Query heads `g n .. g n + n - 1` share key-value head `g`, where
   `n = n_heads / n_kv_heads`. Scores and softmax are float32.
@@ -130,7 +130,8 @@ class Attention(nnx.Module):
     scores_BKGTS = jnp.einsum(
       'BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
     )
-    scores_BKGTS = scores_BKGTS * cfg.head_dim**-0.5
+    scale = cfg.head_dim**-0.5 if cfg.attn_scale is None else cfg.attn_scale
+    scores_BKGTS = scores_BKGTS * scale
     scores_BKGTS = softcap(scores_BKGTS, cfg.attn_softcap)
     weights_BKGTS = _masked_softmax(scores_BKGTS, mask_BTS)
     out_BTKGH = jnp.einsum(

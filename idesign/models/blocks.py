@@ -19,8 +19,9 @@ class Block(nnx.Module):
   With `n` the configured norm, `x` the input and `m = x` if the residual is
   parallel, else `m = x + attn_out`:
 
-    pre-norm:   attn_out = attn(n(x)),   mlp_out = mlp(n(m))
-    post-norm:  attn_out = n(attn(x)),   mlp_out = n(mlp(m))
+    pre-norm:   attn_out = attn(n(x)),      mlp_out = mlp(n(m))
+    post-norm:  attn_out = n(attn(x)),      mlp_out = n(mlp(m))
+    both:       attn_out = n(attn(n(x))),   mlp_out = n(mlp(n(m)))
 
   and the output is `x + attn_out + mlp_out`. The four activations are named
   `resid_pre`, `attn_out`, `mlp_out` and `resid_post`.
@@ -30,10 +31,10 @@ class Block(nnx.Module):
     self.config = config
     self.attn = Attention(config, rngs)
     self.mlp = MLP(config, rngs)
-    if config.norm_position == 'pre':
+    if config.norm_position != 'post':
       self.pre_attn_norm = norm(config)
       self.pre_mlp_norm = norm(config)
-    else:
+    if config.norm_position != 'pre':
       self.post_attn_norm = norm(config)
       self.post_mlp_norm = norm(config)
 
@@ -45,18 +46,19 @@ class Block(nnx.Module):
     angles_BTR: Float[Array, 'B T R'] | None,
     slots: KeySlots | None,
   ) -> tuple[Float[Array, 'B T D'], KeySlots | None]:
-    pre = self.config.norm_position == 'pre'
+    pre = self.config.norm_position != 'post'
+    post = self.config.norm_position != 'pre'
     x_BTD = checkpoint_name(x_BTD, 'resid_pre')
     h_BTD = self.pre_attn_norm(x_BTD) if pre else x_BTD
     h_BTD, slots = self.attn(
       h_BTD, mask_BTS=mask_BTS, angles_BTR=angles_BTR, slots=slots
     )
-    h_BTD = h_BTD if pre else self.post_attn_norm(h_BTD)
+    h_BTD = self.post_attn_norm(h_BTD) if post else h_BTD
     attn_out_BTD = checkpoint_name(h_BTD, 'attn_out')
     after_BTD = x_BTD + attn_out_BTD
     h_BTD = x_BTD if self.config.parallel_residual else after_BTD
     h_BTD = self.mlp(self.pre_mlp_norm(h_BTD) if pre else h_BTD)
-    h_BTD = h_BTD if pre else self.post_mlp_norm(h_BTD)
+    h_BTD = self.post_mlp_norm(h_BTD) if post else h_BTD
     mlp_out_BTD = checkpoint_name(h_BTD, 'mlp_out')
     return checkpoint_name(after_BTD + mlp_out_BTD, 'resid_post'), slots
 
@@ -79,6 +81,7 @@ def run(
   mask_BTS: Bool[Array, 'B T S'] | None = None,
   distance_BTS: Int[Array, 'B T S'] | None = None,
   angles_BTR: Float[Array, 'B T R'] | None = None,
+  local_angles_BTR: Float[Array, 'B T R'] | None = None,
   cache: KVCache | None = None,
 ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
   """Runs stacked blocks in one `jax.lax.scan` over layers.
@@ -91,6 +94,7 @@ def run(
     distance_BTS: position of the query minus position of the key; needed with
       sliding windows.
     angles_BTR: rotary angles; None: no rotation.
+    local_angles_BTR: rotary angles in layers with a window; None: the same.
     cache: keys and values seen so far; None: none.
 
   Returns:
@@ -99,21 +103,25 @@ def run(
   """
   config = blocks.config
   graphdef, layers = nnx.split(blocks)
-  windows_L = None
+  windows_L = local_L = None
   if config.sliding_window is not None:
     endless = jnp.iinfo(jnp.int32).max
     windows_L = jnp.array(
       [endless if w is None else w for w in config.sliding_window], jnp.int32
     )
+    local_L = jnp.array([w is not None for w in config.sliding_window])
 
   def body(x_BTD: Array, layer):
-    state, window, kv = layer
+    state, window, local, kv = layer
     slots = None if kv is None else KeySlots(*kv, start=cache.length)
     mask = mask_BTS
     if window is not None:
       mask = mask_BTS & (distance_BTS < window)
+    angles = angles_BTR
+    if local_angles_BTR is not None:
+      angles = jnp.where(local, local_angles_BTR, angles_BTR)
     x_BTD, slots = nnx.merge(graphdef, state)(
-      x_BTD, mask_BTS=mask, angles_BTR=angles_BTR, slots=slots
+      x_BTD, mask_BTS=mask, angles_BTR=angles, slots=slots
     )
     return x_BTD, None if slots is None else (slots.k_BSKH, slots.v_BSKH)
 
@@ -121,7 +129,7 @@ def run(
     body = jax.checkpoint(body, prevent_cse=False)
   kv = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
   x_BTD, kv = jax.lax.scan(
-    body, x_BTD, (layers, windows_L, kv), unroll=config.unroll
+    body, x_BTD, (layers, windows_L, local_L, kv), unroll=config.unroll
   )
   if cache is None:
     return x_BTD, None

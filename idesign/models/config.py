@@ -33,6 +33,16 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearScaling:
+  """Every frequency divided by `factor` (https://arxiv.org/abs/2306.15595)."""
+
+  factor: float
+
+  def __post_init__(self):
+    require_positive(self, 'factor')
+
+
+@dataclasses.dataclass(frozen=True)
 class RopeConfig:
   """Rotary positions (https://arxiv.org/abs/2104.09864), half-split pairs.
 
@@ -45,7 +55,7 @@ class RopeConfig:
 
   theta: float = 10_000.0
   fraction: float = 1.0
-  scaling: Llama3Scaling | None = None
+  scaling: Llama3Scaling | LinearScaling | None = None
 
   def __post_init__(self):
     if self.theta <= 0:
@@ -73,8 +83,11 @@ class BlockConfig:
     gated: `down(act(gate(h)) * up(h))` if true, else `down(act(up(h)))`.
     norm: `rms` (https://arxiv.org/abs/1910.07467) or `layer` with bias.
     norm_eps: added to the variance or mean square.
+    norm_unit_offset: every norm multiplies by `1 + scale`, not by `scale`, and
+      its scale starts at zero (Gemma).
     norm_position: `pre` normalises the inputs of attention and MLP; `post`
-      normalises their outputs, before these are added (OLMo-2).
+      normalises their outputs, before these are added (OLMo-2); `both` does
+      both (Gemma-2).
     parallel_residual: the MLP reads the block's input, not the attention's
       result (GPT-NeoX).
     qkv_bias: biases on the query, key and value projections.
@@ -82,6 +95,8 @@ class BlockConfig:
     mlp_bias: biases in the MLP.
     qk_norm: RMS-normalise queries and keys over the whole projected `width`
       (OLMo-2) or per `head` (Qwen3), before rotation.
+    attn_scale: what the products of queries and keys are multiplied by; None:
+      `head_dim**-0.5`.
     attn_softcap: scores become `c tanh(scores / c)`.
     sliding_window: how many positions back a token sees, itself included; one
       number, or one per layer with None where the layer sees everything.
@@ -101,12 +116,14 @@ class BlockConfig:
   gated: bool = True
   norm: Literal['rms', 'layer'] = 'rms'
   norm_eps: float = 1e-5
-  norm_position: Literal['pre', 'post'] = 'pre'
+  norm_unit_offset: bool = False
+  norm_position: Literal['pre', 'post', 'both'] = 'pre'
   parallel_residual: bool = False
   qkv_bias: bool = False
   attn_out_bias: bool = False
   mlp_bias: bool = False
   qk_norm: Literal['width', 'head'] | None = None
+  attn_scale: float | None = None
   attn_softcap: float | None = None
   sliding_window: int | tuple[int | None, ...] | None = None
   remat: bool = False
@@ -133,10 +150,15 @@ class BlockConfig:
       )
     require_choice(self, 'activation', typing.get_args(Activation))
     require_choice(self, 'norm', ('rms', 'layer'))
-    require_choice(self, 'norm_position', ('pre', 'post'))
+    require_choice(self, 'norm_position', ('pre', 'post', 'both'))
     require_choice(self, 'qk_norm', (None, 'width', 'head'))
     if self.attn_softcap is not None:
       require_positive(self, 'attn_softcap')
+    if self.attn_scale is not None:
+      require_positive(self, 'attn_scale')
+      # One form of the same model: equal models have equal configs.
+      if self.attn_scale == self.head_dim**-0.5:
+        object.__setattr__(self, 'attn_scale', None)
     object.__setattr__(self, 'sliding_window', self._windows())
 
   def _windows(self) -> tuple[int | None, ...] | None:
@@ -164,6 +186,10 @@ class TransformerConfig(BlockConfig):
     max_len: longest sequence. A hard limit for learned positions; with rotary
       positions it is only recorded.
     rope: rotary positions; None: learned absolute positions.
+    rope_local: rotary positions of the layers with a sliding window (Gemma-3);
+      None: `rope`.
+    scale_embeddings: the embeddings of tokens are multiplied by
+      `sqrt(d_model)`; a tied output head is not (Gemma).
     tie_embeddings: the output head is the transposed embedding.
     logit_softcap: logits become `c tanh(logits / c)`.
   """
@@ -171,6 +197,8 @@ class TransformerConfig(BlockConfig):
   vocab_size: int
   max_len: int = 2048
   rope: RopeConfig | None = RopeConfig()
+  rope_local: RopeConfig | None = None
+  scale_embeddings: bool = False
   tie_embeddings: bool = False
   logit_softcap: float | None = None
 
@@ -186,6 +214,27 @@ class TransformerConfig(BlockConfig):
           f'head_dim={self.head_dim} with rope fraction={self.rope.fraction} '
           f'rotates {width} features; rotation needs an even number.'
         )
+    if self.rope_local is not None:
+      self._check_rope_local()
+
+  def _check_rope_local(self) -> None:
+    if self.rope is None:
+      raise ValueError('rope_local without rope: learned positions are added.')
+    if self.sliding_window is None:
+      raise ValueError(
+        'rope_local is for layers with a sliding window, of which there are '
+        'none; leave it None.'
+      )
+    widths = [
+      rope.rotary_dim(self.head_dim) for rope in (self.rope, self.rope_local)
+    ]
+    if widths[0] != widths[1]:
+      raise ValueError(
+        f'rope rotates {widths[0]} features and rope_local {widths[1]}; they '
+        'must be equally many: give both the same fraction.'
+      )
+    if self.rope_local == self.rope:
+      object.__setattr__(self, 'rope_local', None)
 
 
 def require_positive(config: object, *names: str) -> None:

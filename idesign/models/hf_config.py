@@ -13,38 +13,22 @@ from idesign.models.functional import DTypePolicy
 from idesign.models.hf_fields import (
   CheckpointError,
   Reader,
+  read_sizes,
   write_activation,
   write_rope,
+  write_sizes,
   write_windows,
+)
+from idesign.models.hf_gemma import (
+  read_gemma2,
+  read_gemma3,
+  write_gemma2,
+  write_gemma3,
 )
 
 
-def _read_sizes(hf: Reader) -> dict[str, Any]:
-  return dict(
-    vocab_size=hf.require('vocab_size'),
-    d_model=hf.require('hidden_size'),
-    d_ff=hf.require('intermediate_size'),
-    n_layers=hf.require('num_hidden_layers'),
-    n_heads=hf.require('num_attention_heads'),
-    max_len=hf.get('max_position_embeddings', 2048),
-    tie_embeddings=hf.get('tie_word_embeddings', False),
-  )
-
-
-def _write_sizes(config: TransformerConfig) -> dict[str, Any]:
-  return dict(
-    vocab_size=config.vocab_size,
-    hidden_size=config.d_model,
-    intermediate_size=config.d_ff,
-    num_hidden_layers=config.n_layers,
-    num_attention_heads=config.n_heads,
-    max_position_embeddings=config.max_len,
-    tie_word_embeddings=config.tie_embeddings,
-  )
-
-
 def _read_llama_like(hf: Reader) -> dict[str, Any]:
-  return _read_sizes(hf) | dict(
+  return read_sizes(hf) | dict(
     n_kv_heads=hf.raw.get('num_key_value_heads'),
     head_dim=hf.raw.get('head_dim'),
     activation=hf.activation('hidden_act', 'silu'),
@@ -54,7 +38,7 @@ def _read_llama_like(hf: Reader) -> dict[str, Any]:
 
 
 def _write_llama_like(config: TransformerConfig) -> dict[str, Any]:
-  return _write_sizes(config) | dict(
+  return write_sizes(config) | dict(
     num_key_value_heads=config.n_kv_heads,
     head_dim=config.head_dim,
     hidden_act=write_activation(config.activation),
@@ -167,7 +151,7 @@ def _write_gpt2(config: TransformerConfig) -> dict[str, Any]:
 
 def _read_gpt_neox(hf: Reader) -> dict[str, Any]:
   bias = hf.get('attention_bias', True)
-  return _read_sizes(hf) | dict(
+  return read_sizes(hf) | dict(
     activation=hf.activation('hidden_act', 'gelu'),
     norm_eps=hf.get('layer_norm_eps', 1e-5),
     parallel_residual=hf.get('use_parallel_residual', True),
@@ -181,7 +165,7 @@ def _read_gpt_neox(hf: Reader) -> dict[str, Any]:
 
 
 def _write_gpt_neox(config: TransformerConfig) -> dict[str, Any]:
-  return _write_sizes(config) | dict(
+  return write_sizes(config) | dict(
     hidden_act=write_activation(config.activation),
     layer_norm_eps=config.norm_eps,
     use_parallel_residual=config.parallel_residual,
@@ -217,6 +201,12 @@ FAMILIES = {
     ('GPTNeoXForCausalLM', 'GPTNeoXModel'),
     _read_gpt_neox,
     _write_gpt_neox,
+  ),
+  'gemma2': _Family(
+    ('Gemma2ForCausalLM', 'Gemma2Model'), read_gemma2, write_gemma2
+  ),
+  'gemma3_text': _Family(
+    ('Gemma3ForCausalLM', 'Gemma3TextModel'), read_gemma3, write_gemma3
   ),
 }
 
@@ -258,6 +248,11 @@ def parse_config(
 ) -> tuple[str, TransformerConfig]:
   """As `read_config`, from the parsed JSON; `source` is named in errors."""
   name = raw.get('model_type')
+  if name == 'gemma3':
+    raise CheckpointError(
+      f"{source}: model_type='gemma3' is not supported: it has images; of "
+      'Gemma-3 only the text model, gemma3_text, is read.'
+    )
   if name not in FAMILIES:
     raise CheckpointError(
       f'{source}: model_type={name!r} is not supported; supported are '
@@ -275,6 +270,8 @@ def parse_config(
       )
   hf = Reader(raw, source)
   hf.reject('quantization_config', 'pruned_heads', 'is_encoder_decoder')
+  if not raw.get('is_causal', True):
+    raise hf.unsupported('is_causal', raw['is_causal'])
   try:
     return name, TransformerConfig(**family.read(hf))
   except (TypeError, ValueError) as error:

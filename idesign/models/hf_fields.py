@@ -6,7 +6,16 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from idesign.models.config import Llama3Scaling, RopeConfig, TransformerConfig
+from idesign.models.config import (
+  LinearScaling,
+  Llama3Scaling,
+  RopeConfig,
+  TransformerConfig,
+)
+
+
+# The types of layers, with and without a window.
+SLIDING, FULL = 'sliding_attention', 'full_attention'
 
 
 class CheckpointError(ValueError):
@@ -22,8 +31,11 @@ _ACTIVATIONS = {
   'gelu_pytorch_tanh': 'gelu_tanh',
   'relu': 'relu',
 }
+_SCALINGS = {'linear': LinearScaling, 'llama3': Llama3Scaling}
+# The keys of a scaling, in the order of its class's fields.
 _ROPE_KEYS = {
   'default': (),
+  'linear': ('factor',),
   'llama3': (
     'factor',
     'low_freq_factor',
@@ -48,6 +60,12 @@ class Reader:
   def get(self, key: str, default: Any) -> Any:
     value = self.raw.get(key)
     return default if value is None else value
+
+  def positive(self, key: str, default: float) -> float:
+    value = self.get(key, default)
+    if not value > 0:
+      raise CheckpointError(f'{self.source}: {key}={value} must be positive.')
+    return value
 
   def reject(self, *keys: str) -> None:
     """Raises for the first of these keys that is switched on."""
@@ -109,47 +127,83 @@ class Reader:
     for name, value in found.items():
       if name not in _ROPE_KEYS[kind]:
         raise self.unsupported(f'rope {name}', value)
-    scaling = None
     if kind == 'llama3':
       found.setdefault(
         'original_max_position_embeddings',
         self.get('max_position_embeddings', 2048),
       )
-      missing = [name for name in _ROPE_KEYS[kind] if name not in found]
-      if missing:
-        raise CheckpointError(f'{self.source}: llama3 rope needs {missing}.')
-      scaling = Llama3Scaling(*(found[name] for name in _ROPE_KEYS[kind]))
+    missing = [name for name in _ROPE_KEYS[kind] if name not in found]
+    if missing:
+      raise CheckpointError(f'{self.source}: {kind} rope needs {missing}.')
+    scaling = None
+    if kind != 'default':
+      scaling = _SCALINGS[kind](*(found[name] for name in _ROPE_KEYS[kind]))
     return RopeConfig(theta=theta, fraction=rotated, scaling=scaling)
 
   def windows(self, n_layers: int) -> tuple[int | None, ...] | None:
     """Sliding windows of the Qwen families."""
     if not self.get('use_sliding_window', False):
-      if 'sliding_attention' in (self.raw.get('layer_types') or ()):
+      if SLIDING in (self.raw.get('layer_types') or ()):
         raise CheckpointError(
-          f'{self.source}: layer_types has sliding_attention but '
-          'use_sliding_window is off.'
+          f'{self.source}: layer_types has {SLIDING} but use_sliding_window '
+          'is off.'
         )
       return None
-    window = self.get('sliding_window', 4096)
     first = self.get('max_window_layers', 28)
-    types = self.raw.get('layer_types') or [
-      'sliding_attention' if i >= first else 'full_attention'
-      for i in range(n_layers)
-    ]
-    unknown = set(types) - {'sliding_attention', 'full_attention'}
+    types = [SLIDING if i >= first else FULL for i in range(n_layers)]
+    return self.typed_windows(types, self.get('sliding_window', 4096))
+
+  def typed_windows(
+    self, default: list[str], window: int | None
+  ) -> tuple[int | None, ...]:
+    """The window in the layers that `layer_types`, or the default, names."""
+    types = self.get('layer_types', default)
+    unknown = set(types) - {SLIDING, FULL}
     if unknown:
       raise self.unsupported('layer_types', sorted(unknown))
-    return tuple(window if t == 'sliding_attention' else None for t in types)
+    if window is None and SLIDING in types:
+      raise CheckpointError(
+        f'{self.source}: layers of type {SLIDING} need a sliding_window, which '
+        'is null.'
+      )
+    return tuple(window if t == SLIDING else None for t in types)
+
+
+def read_sizes(hf: Reader) -> dict[str, Any]:
+  return dict(
+    vocab_size=hf.require('vocab_size'),
+    d_model=hf.require('hidden_size'),
+    d_ff=hf.require('intermediate_size'),
+    n_layers=hf.require('num_hidden_layers'),
+    n_heads=hf.require('num_attention_heads'),
+    max_len=hf.get('max_position_embeddings', 2048),
+    tie_embeddings=hf.get('tie_word_embeddings', False),
+  )
+
+
+def write_sizes(config: TransformerConfig) -> dict[str, Any]:
+  return dict(
+    vocab_size=config.vocab_size,
+    hidden_size=config.d_model,
+    intermediate_size=config.d_ff,
+    num_hidden_layers=config.n_layers,
+    num_attention_heads=config.n_heads,
+    max_position_embeddings=config.max_len,
+    tie_word_embeddings=config.tie_embeddings,
+  )
 
 
 def write_rope(rope: RopeConfig | None, **also: str) -> dict[str, Any]:
   """Rotary settings for transformers 5 and, beside them, for 4."""
   if rope is None:
     return {}
-  kind: dict[str, Any] = {'rope_type': 'default'}
+  name = next(
+    (name for name, of in _SCALINGS.items() if isinstance(rope.scaling, of)),
+    'default',
+  )
+  kind: dict[str, Any] = {'rope_type': name}
   if rope.scaling is not None:
-    kind = {'rope_type': 'llama3'}
-    kind |= zip(_ROPE_KEYS['llama3'], dataclasses.astuple(rope.scaling))
+    kind |= zip(_ROPE_KEYS[name], dataclasses.astuple(rope.scaling))
   parameters = kind | {'rope_theta': rope.theta}
   if rope.fraction != 1 or 'fraction' in also:
     parameters['partial_rotary_factor'] = rope.fraction
@@ -168,13 +222,18 @@ def write_activation(activation: str) -> str:
 
 
 def write_windows(config: TransformerConfig) -> dict[str, Any]:
+  """Sliding windows of the Qwen families."""
   windows = config.sliding_window or (None,) * config.n_layers
   sizes = [w for w in windows if w is not None]
-  return dict(
+  return write_typed_windows(config) | dict(
     use_sliding_window=bool(sizes),
-    sliding_window=max(sizes, default=None),
     max_window_layers=windows.index(sizes[0]) if sizes else config.n_layers,
-    layer_types=[
-      'full_attention' if w is None else 'sliding_attention' for w in windows
-    ],
+  )
+
+
+def write_typed_windows(config: TransformerConfig) -> dict[str, Any]:
+  windows = config.sliding_window or (None,) * config.n_layers
+  return dict(
+    sliding_window=max((w for w in windows if w is not None), default=None),
+    layer_types=[FULL if w is None else SLIDING for w in windows],
   )

@@ -128,7 +128,8 @@ def _layer_norm(name: str, path: str) -> list[Row]:
   ]
 
 
-def _llama_like(attn_norm: str, mlp_norm: str) -> Table:
+def _llama_like(**norms: str) -> Table:
+  """Names of Llama, with the norms of a block as given."""
   rows = [Row('embed_tokens.weight', ('embed/embedding',))]
   for part in 'qkvo':
     rows += _pair(f'layers.{{}}.self_attn.{part}_proj', f'blocks/attn/{part}')
@@ -139,10 +140,7 @@ def _llama_like(attn_norm: str, mlp_norm: str) -> Table:
     rows += _pair(f'layers.{{}}.mlp.{part}_proj', f'blocks/mlp/{part}')
   rows += [
     Row(f'layers.{{}}.{name}.weight', (f'blocks/{path}/scale',))
-    for name, path in (
-      (attn_norm, 'pre_attn_norm'),
-      (mlp_norm, 'pre_mlp_norm'),
-    )
+    for path, name in norms.items()
   ]
   rows += [
     Row('norm.weight', ('final_norm/scale',)),
@@ -153,16 +151,6 @@ def _llama_like(attn_norm: str, mlp_norm: str) -> Table:
     tuple(rows),
     buffers=(r'(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq',),
   )
-
-
-def _olmo2() -> Table:
-  # The names are those of norms after attention and MLP, and so are the norms.
-  table = _llama_like('post_attention_layernorm', 'post_feedforward_layernorm')
-  after = lambda path: path.replace('blocks/pre_', 'blocks/post_')
-  rows = tuple(
-    row._replace(paths=tuple(map(after, row.paths))) for row in table.rows
-  )
-  return dataclasses.replace(table, rows=rows)
 
 
 def _gpt2() -> Table:
@@ -217,12 +205,26 @@ def _gpt_neox() -> Table:
   )
 
 
-_PRE_NORM = _llama_like('input_layernorm', 'post_attention_layernorm')
+_PRE_NORM = _llama_like(
+  pre_attn_norm='input_layernorm', pre_mlp_norm='post_attention_layernorm'
+)
+_POST_NORM = _llama_like(
+  post_attn_norm='post_attention_layernorm',
+  post_mlp_norm='post_feedforward_layernorm',
+)
+_BOTH_NORMS = _llama_like(
+  pre_attn_norm='input_layernorm',
+  post_attn_norm='post_attention_layernorm',
+  pre_mlp_norm='pre_feedforward_layernorm',
+  post_mlp_norm='post_feedforward_layernorm',
+)
 TABLES = {
   'llama': _PRE_NORM,
-  'olmo2': _olmo2(),
+  'olmo2': _POST_NORM,
   'qwen2': _PRE_NORM,
   'qwen3': _PRE_NORM,
   'gpt2': _gpt2(),
   'gpt_neox': _gpt_neox(),
+  'gemma2': _BOTH_NORMS,
+  'gemma3_text': _BOTH_NORMS,
 }

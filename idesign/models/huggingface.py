@@ -41,9 +41,10 @@ def load_pretrained(
 ) -> tuple[Model, Params]:
   """Reads `config.json` and safetensors files into a decoder.
 
-  Families: Llama, OLMo-2, Qwen2, Qwen3, GPT-2 and GPT-NeoX, with their
-  language-model heads; a tied model may leave its head out. Everything that
-  headers and config can tell is checked before the first tensor is read.
+  Families: Llama, OLMo-2, Qwen2, Qwen3, GPT-2, GPT-NeoX, Gemma-2 and Gemma-3
+  (its text model), with their language-model heads; a tied model may leave its
+  head out. Everything that headers and config can tell is checked before the
+  first tensor is read.
 
   Args:
     folder: holds `config.json` and `model.safetensors`, or the shards that

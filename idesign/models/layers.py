@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from idesign.models.config import BlockConfig, RopeConfig
+from idesign.models.config import BlockConfig, LinearScaling, RopeConfig
 
 _ACTIVATIONS = {
   'silu': jax.nn.silu,
@@ -27,6 +27,18 @@ def _per_feature(weight_D: Array, like: Array) -> Array:
   )
 
 
+def _initial_scale(width: int, config: BlockConfig) -> nnx.Param:
+  """The scale with which a norm multiplies by 1."""
+  start = 0 if config.norm_unit_offset else 1
+  return nnx.Param(jnp.full((width,), start, config.dtypes.param))
+
+
+def _gain(scale_D: Array, like: Array, unit_offset: bool) -> Array:
+  """What a norm multiplies by, float32: `scale` or `1 + scale`."""
+  gain = _per_feature(scale_D, like)
+  return 1 + gain if unit_offset else gain
+
+
 # What is elementwise keeps nothing but its inputs for the backward pass and is
 # done again there: that is cheap, and anything kept is kept for every layer of
 # the stack. In a scan nothing could undo this, so there is nothing to prevent.
@@ -36,46 +48,55 @@ _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 class RMSNorm(nnx.Module):
   """`x / sqrt(mean(x^2) + eps) * scale`, computed in float32.
 
-  The result has the dtype of the input.
+  With `norm_unit_offset` it is `1 + scale` that multiplies, a float32 sum: a
+  scale near zero has digits that `1 + scale` in bfloat16 would lose. The result
+  has the dtype of the input.
   """
 
   def __init__(self, width: int, config: BlockConfig):
     self.eps = config.norm_eps
-    self.scale = nnx.Param(jnp.ones((width,), config.dtypes.param))
+    self.unit_offset = config.norm_unit_offset
+    self.scale = _initial_scale(width, config)
 
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
-    return _rms_norm(x, self.scale[...], self.eps)
+    return _rms_norm(x, self.scale[...], self.unit_offset, self.eps)
 
 
-@functools.partial(_recomputed, static_argnums=2)
-def _rms_norm(x: Array, scale: Array, eps: float) -> Array:
+@functools.partial(_recomputed, static_argnums=(2, 3))
+def _rms_norm(x: Array, scale: Array, unit_offset: bool, eps: float) -> Array:
   x32 = x.astype(jnp.float32)
   y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
-  return (y * _per_feature(scale, y)).astype(x.dtype)
+  return (y * _gain(scale, y, unit_offset)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
   """`(x - mean) / sqrt(var + eps) * scale + bias`, computed in float32.
 
-  The result has the dtype of the input.
+  With `norm_unit_offset` it is `1 + scale` that multiplies. The result has the
+  dtype of the input.
   """
 
   def __init__(self, width: int, config: BlockConfig):
     self.eps = config.norm_eps
-    self.scale = nnx.Param(jnp.ones((width,), config.dtypes.param))
+    self.unit_offset = config.norm_unit_offset
+    self.scale = _initial_scale(width, config)
     self.bias = nnx.Param(jnp.zeros((width,), config.dtypes.param))
 
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
-    return _layer_norm(x, self.scale[...], self.bias[...], self.eps)
+    return _layer_norm(
+      x, self.scale[...], self.bias[...], self.unit_offset, self.eps
+    )
 
 
-@functools.partial(_recomputed, static_argnums=3)
-def _layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+@functools.partial(_recomputed, static_argnums=(3, 4))
+def _layer_norm(
+  x: Array, scale: Array, bias: Array, unit_offset: bool, eps: float
+) -> Array:
   x32 = x.astype(jnp.float32)
   x32 = x32 - jnp.mean(x32, -1, keepdims=True)
   variance = jnp.mean(jnp.square(x32), -1, keepdims=True)
   y = x32 * jax.lax.rsqrt(variance + eps)
-  y = y * _per_feature(scale, y) + _per_feature(bias, y)
+  y = y * _gain(scale, y, unit_offset) + _per_feature(bias, y)
   return y.astype(x.dtype)
 
 
@@ -158,6 +179,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
   if rope.scaling is None:
     return frequencies
   scaling = rope.scaling
+  if isinstance(scaling, LinearScaling):
+    return frequencies / np.float32(scaling.factor)
   wavelengths = np.float32(2 * np.pi) / frequencies
   turns = scaling.original_max_len / wavelengths
   # 0 at the slow end, 1 at the fast end.

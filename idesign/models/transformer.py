@@ -116,18 +116,27 @@ class _Transformer(nnx.Module):
 
     # A negative index would count from the end.
     x_BTD = self.embed(_index(tokens_BT, mask_BT, config.vocab_size))
-    angles_BTR = None
+    if config.scale_embeddings:
+      # Rounded to the compute dtype, as these models were trained: in bfloat16
+      # sqrt(3072) is 55.5.
+      x_BTD = x_BTD * jnp.asarray(config.d_model**0.5, x_BTD.dtype)
+    angles_BTR = local_angles_BTR = None
     if config.rope is None:
       where = _index(positions_BT, mask_BT, config.max_len)
       x_BTD = x_BTD + self.positions(where)
     else:
       angles_BTR = rope_angles(config.rope, config.head_dim, positions_BT)
+    if config.rope_local is not None:
+      local_angles_BTR = rope_angles(
+        config.rope_local, config.head_dim, positions_BT
+      )
     x_BTD, cache = blocks_lib.run(
       self.blocks,
       x_BTD,
       mask_BTS=mask_BTS,
       distance_BTS=distance_BTS,
       angles_BTR=angles_BTR,
+      local_angles_BTR=local_angles_BTR,
       cache=cache,
     )
     logits_BTV = self._head(self.final_norm(x_BTD))

@@ -54,6 +54,9 @@ _LLAMA3 = dict(
   high_freq_factor=4.0,
   original_max_position_embeddings=32,
 )
+_GEMMA = _LLAMA | dict(
+  head_dim=12, query_pre_attn_scalar=20, sliding_window=WINDOW
+)
 # Name: (prefix of the transformers classes, settings). No setting that a family
 # reads is at its default in all of its cases.
 CASES = {
@@ -117,6 +120,56 @@ CASES = {
       ),
     ),
   ),
+  # Caps that bend most scores and logits.
+  'gemma2': (
+    'Gemma2',
+    _GEMMA | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+  ),
+  'gemma2-untied': (
+    'Gemma2',
+    _GEMMA
+    | dict(
+      tie_word_embeddings=False,
+      attention_bias=True,
+      hidden_activation='silu',
+      attn_logit_softcapping=None,
+      final_logit_softcapping=None,
+      layer_types=['full_attention', 'full_attention', 'sliding_attention'],
+      rope_parameters=dict(rope_type='linear', rope_theta=500.0, factor=3.0),
+    ),
+  ),
+  'gemma3': (
+    'Gemma3',
+    _GEMMA
+    | dict(
+      final_logit_softcapping=3.0,
+      # The class has it, the model does not use it.
+      attn_logit_softcapping=2.0,
+      layer_types=['sliding_attention', 'full_attention', 'sliding_attention'],
+      rope_parameters=dict(
+        full_attention=dict(rope_type='linear', rope_theta=500.0, factor=3.0),
+        sliding_attention=dict(rope_type='default', rope_theta=20.0),
+      ),
+    ),
+  ),
+  'gemma3-untied': (
+    'Gemma3',
+    _GEMMA
+    | dict(
+      tie_word_embeddings=False, attention_bias=True, hidden_activation='relu'
+    ),
+  ),
+  'gemma3-full': (
+    'Gemma3',
+    _GEMMA | dict(head_dim=16, layer_types=['full_attention'] * 3),
+  ),
+  'llama-linear': (
+    'Llama',
+    _LLAMA
+    | dict(
+      rope_parameters=dict(rope_type='linear', rope_theta=50.0, factor=3.0)
+    ),
+  ),
 }
 
 
@@ -129,7 +182,9 @@ def torch_model(case: str):
   torch.set_num_threads(1)  # Threads cost more than they gain at this size.
   prefix, settings = CASES[case]
   head = 'LMHeadModel' if prefix == 'GPT2' else 'ForCausalLM'
-  config = getattr(transformers, f'{prefix}Config')(
+  # The plain name is that of the model with images.
+  kind = 'TextConfig' if prefix == 'Gemma3' else 'Config'
+  config = getattr(transformers, prefix + kind)(
     **settings, bos_token_id=None, eos_token_id=None, pad_token_id=None
   )
   model = getattr(transformers, f'{prefix}{head}')(config).eval()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from idesign.models import (
+  RopeConfig,
   TransformerConfig,
   filter_logits,
   generate,
@@ -23,6 +24,7 @@ CONFIG = TransformerConfig(
   n_kv_heads=1,
   d_ff=8,
   sliding_window=(None, 3),
+  rope_local=RopeConfig(theta=5.0),
 )
 EPS = float(np.finfo(np.float32).eps)
 

@@ -14,6 +14,7 @@ from idesign.models import (
   CheckpointError,
   DTypePolicy,
   MLPConfig,
+  RopeConfig,
   TransformerConfig,
   load_pretrained,
   mlp,
@@ -204,6 +205,10 @@ NEOX = dict(
   num_hidden_layers=1,
   num_attention_heads=2,
 )
+GEMMA2 = dict(
+  NEOX, model_type='gemma2', num_hidden_layers=2, num_key_value_heads=1
+)
+GEMMA3 = dict(GEMMA2, model_type='gemma3_text')
 
 
 @pytest.mark.parametrize(
@@ -226,8 +231,20 @@ NEOX = dict(
       "rope_type='yarn' is not supported",
     ),
     (
+      dict(LLAMA, rope_parameters=None, rope_scaling={'type': 'dynamic'}),
+      "rope_type='dynamic' is not supported",
+    ),
+    (
       dict(LLAMA, rope_parameters=None, rope_scaling={'type': 'linear'}),
-      "rope_type='linear' is not supported",
+      "linear rope needs.*'factor'",
+    ),
+    (
+      dict(LLAMA, rope_parameters={'rope_type': 'linear', 'factor': 0}),
+      'factor=0 must be positive',
+    ),
+    (
+      dict(LLAMA, rope_parameters={'rope_type': 'default', 'factor': 2}),
+      'rope factor=2 changes',
     ),
     (
       dict(LLAMA, rope_scaling={'rope_type': 'llama3', 'factor': 2.0}),
@@ -271,6 +288,50 @@ NEOX = dict(
     (dict(GPT2, pruned_heads={'0': [1]}), 'pruned_heads'),
     (dict(GPT2, n_head=3), 'd_model=8 is not a multiple of n_heads=3'),
     (dict(NEOX, rotary_pct=0.4), 'rotates 3 features'),
+    (dict(LLAMA, is_causal=False), 'is_causal=False'),
+    (
+      dict(model_type='gemma3', text_config=GEMMA3),
+      'only the text model, gemma3_text',
+    ),
+    (
+      dict(GEMMA3, architectures=['Gemma3ForConditionalGeneration']),
+      'Gemma3ForConditionalGeneration is not supp',
+    ),
+    (dict(GEMMA2, use_bidirectional_attention=True), 'use_bidirectional_att'),
+    (dict(GEMMA3, use_bidirectional_attention=True), 'use_bidirectional_att'),
+    (dict(GEMMA2, num_key_value_heads=None), 'num_key_value_heads'),
+    (dict(GEMMA2, hidden_activation='mish'), "hidden_activation='mish'"),
+    (dict(GEMMA2, query_pre_attn_scalar=0), 'scalar=0 must be positive'),
+    (dict(GEMMA2, query_pre_attn_scalar=-4), 'scalar=-4 must be positive'),
+    (dict(GEMMA2, attn_logit_softcapping=0.0), 'attn_softcap=0.0'),
+    (dict(GEMMA3, final_logit_softcapping=0.0), 'logit_softcap=0.0'),
+    (dict(GEMMA2, sliding_window=None), 'need a sliding_window'),
+    (dict(GEMMA2, layer_types=['full_attention']), '1 entries for n_layers=2'),
+    (dict(GEMMA2, layer_types=['chunked_attention'] * 2), 'chunked_attention'),
+    (
+      dict(GEMMA2, rope_parameters={'full_attention': {}}),
+      'rope_parameters.full_attention',
+    ),
+    (dict(GEMMA3, sliding_window_pattern=0), 'pattern=0 must be positive'),
+    (
+      dict(GEMMA3, _sliding_window_pattern=3),
+      '_sliding_window_pattern=3 without layer_types.*takes 6',
+    ),
+    (
+      dict(GEMMA3, rope_parameters={'rope_theta': 5.0}),
+      'rope_theta.*must have entries full_attention and sliding_attention',
+    ),
+    (dict(GEMMA3, rope_parameters=[1]), r'rope_parameters=\[1\]'),
+    (
+      dict(
+        GEMMA3, rope_parameters={'sliding_attention': {'rope_type': 'yarn'}}
+      ),
+      "rope_type='yarn' is not supported",
+    ),
+    (
+      dict(GEMMA3, rope_scaling={'rope_type': 'longrope'}),
+      "rope_type='longrope' is not supported",
+    ),
   ],
 )
 def test_configs_that_are_not_supported_raise(raw, message):
@@ -279,9 +340,19 @@ def test_configs_that_are_not_supported_raise(raw, message):
   assert 'src' in str(raised.value)
 
 
-@pytest.mark.parametrize('raw', [LLAMA, QWEN, GPT2, NEOX])
+@pytest.mark.parametrize('raw', [LLAMA, QWEN, GPT2, NEOX, GEMMA2, GEMMA3])
 def test_the_configs_above_are_good_without_the_fault(raw):
   parse_config(raw, 'src')
+
+
+GEMMA = dict(norm_position='both', norm_unit_offset=True, scale_embeddings=True)
+
+
+def test_the_gemma_below_is_exported():
+  config = dataclasses.replace(TINY, **GEMMA)
+  assert write_config(config)[0] == 'gemma2'
+  config = dataclasses.replace(config, qk_norm='head')
+  assert write_config(config)[0] == 'gemma3_text'
 
 
 @pytest.mark.parametrize(
@@ -291,6 +362,23 @@ def test_the_configs_above_are_good_without_the_fault(raw):
     (dict(sliding_window=(2, 3)), 'cannot express'),
     (dict(norm='layer'), 'llama cannot express norm'),
     (dict(mlp_bias=True, qk_norm='head'), 'qwen3 cannot express mlp_bias'),
+    (dict(attn_scale=0.3), 'llama cannot express attn_scale;'),
+    (
+      dict(sliding_window=3, rope_local=RopeConfig(theta=5.0)),
+      'qwen2 cannot express qkv_bias, rope_local;',
+    ),
+    (GEMMA | dict(attn_scale=0.3), 'gemma2 cannot express attn_scale;'),
+    (
+      GEMMA | dict(attn_softcap=5.0, qk_norm='head'),
+      'gemma3_text cannot express attn_softcap',
+    ),
+    (GEMMA | dict(scale_embeddings=False), 'gemma2 cannot express scale_emb'),
+    (GEMMA | dict(norm_position='post'), 'gemma2 cannot express norm_position'),
+    (
+      GEMMA | dict(norm_unit_offset=False),
+      'gemma2 cannot express norm_unit_offset',
+    ),
+    (GEMMA | dict(rope=None), 'gemma2 cannot express rope'),
   ],
 )
 def test_models_no_family_computes_are_not_exported(tmp_path, change, message):

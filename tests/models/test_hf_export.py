@@ -1,5 +1,6 @@
 """Export: what is written is read back, here and by transformers."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from idesign.models import DTypePolicy, load_pretrained, save_pretrained
+from idesign.models.hf_config import write_config
 from tests.models import hf_cases
 from tests.models.hf_cases import CASES
 
@@ -32,7 +34,7 @@ def test_exports_are_read_by_transformers(case, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, reread, params)
 
 
-@pytest.mark.parametrize('case', ['llama', 'gpt2', 'neox'])
+@pytest.mark.parametrize('case', ['llama', 'gpt2', 'neox', 'gemma3'])
 def test_bfloat16_and_sharded_roundtrips_are_bit_exact(case, tmp_path):
   dtypes = DTypePolicy(param=jnp.bfloat16)
   model, params = load_pretrained(hf_cases.checkpoint(case), dtypes=dtypes)
@@ -51,3 +53,14 @@ def test_bfloat16_and_sharded_roundtrips_are_bit_exact(case, tmp_path):
   assert str(theirs.dtype) == 'torch.bfloat16'
   for name, tensor in hf_cases.torch_model(case).state_dict().items():
     assert (theirs.state_dict()[name] == tensor.bfloat16()).all(), name
+
+
+def test_whole_numbers_are_written_as_transformers_reads_them():
+  import transformers
+
+  model, _, _ = hf_cases.ours('gemma2')
+  config = dataclasses.replace(model.config, attn_softcap=5, logit_softcap=7)
+  _, raw = write_config(config)
+  theirs = transformers.Gemma2Config(**raw)
+  assert theirs.attn_logit_softcapping == 5
+  assert theirs.final_logit_softcapping == 7

@@ -17,6 +17,7 @@ from idesign.models import (
   load_pretrained,
   transformer,
 )
+from idesign.models.hf_config import parse_config
 from tests.models import hf_cases
 from tests.models.hf_cases import CASES
 
@@ -42,11 +43,12 @@ def test_every_tensor_matters(case):
   whole = forward(params, tokens, mask)
   assert hf_cases.distance(expected, whole, mask) <= TOLERANCE
   indifferent = []
+  neutral = 0 if model.config.norm_unit_offset else 1
   for path, leaf in hf_cases.flat(params).items():
     layers = range(leaf.shape[0]) if path.startswith('blocks/') else [...]
     for layer in layers:
       value = np.array(leaf)
-      value[layer] = 1 if path.endswith('/scale') else 0
+      value[layer] = neutral if path.endswith('/scale') else 0
       changed = hf_cases.replaced(params, path, value)
       got = forward(changed, tokens, mask)
       if hf_cases.distance(whole, got, mask) <= TOLERANCE:
@@ -59,8 +61,8 @@ def test_every_tensor_matters(case):
   assert indifferent == exempt
 
 
-def _rope(config, **changes):
-  return dict(rope=dataclasses.replace(config.rope, **changes))
+def _rope(config, name='rope', **changes):
+  return {name: dataclasses.replace(getattr(config, name), **changes)}
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,35 @@ def _rope(config, **changes):
     ('gpt2', lambda c: dict(activation='gelu')),
     ('neox', lambda c: dict(parallel_residual=False)),
     ('neox-serial', lambda c: _rope(c, fraction=1.0)),
+    ('llama-linear', lambda c: _rope(c, scaling=None)),
+    ('gemma2', lambda c: dict(norm_unit_offset=False)),
+    ('gemma2', lambda c: dict(norm_eps=1e-6)),
+    ('gemma2', lambda c: dict(scale_embeddings=False)),
+    ('gemma2', lambda c: dict(attn_scale=None)),
+    ('gemma2', lambda c: dict(attn_softcap=None)),
+    ('gemma2', lambda c: dict(logit_softcap=None)),
+    ('gemma2', lambda c: dict(activation='gelu')),
+    ('gemma2', lambda c: dict(sliding_window=None)),
+    ('gemma2', lambda c: dict(sliding_window=hf_cases.WINDOW)),
+    ('gemma2-untied', lambda c: dict(activation='gelu_tanh')),
+    ('gemma2-untied', lambda c: dict(sliding_window=None)),
+    ('gemma2-untied', lambda c: _rope(c, theta=1e4)),
+    ('gemma2-untied', lambda c: _rope(c, scaling=None)),
+    ('gemma3', lambda c: dict(norm_unit_offset=False)),
+    ('gemma3', lambda c: dict(norm_eps=1e-6)),
+    ('gemma3', lambda c: dict(scale_embeddings=False)),
+    ('gemma3', lambda c: dict(attn_scale=None)),
+    ('gemma3', lambda c: dict(attn_softcap=2.0)),
+    ('gemma3', lambda c: dict(logit_softcap=None)),
+    ('gemma3', lambda c: dict(sliding_window=(99, None, 99))),
+    ('gemma3', lambda c: dict(rope_local=None)),
+    ('gemma3', lambda c: _rope(c, 'rope_local', theta=1e4)),
+    ('gemma3', lambda c: _rope(c, theta=1e6)),
+    ('gemma3', lambda c: _rope(c, scaling=None)),
+    ('gemma3-untied', lambda c: dict(activation='gelu_tanh')),
+    ('gemma3-untied', lambda c: dict(rope_local=None)),
+    ('gemma3-full', lambda c: dict(sliding_window=hf_cases.WINDOW)),
+    ('gemma3-full', lambda c: _rope(c, theta=1e4)),
   ],
 )
 def test_every_setting_matters(case, change):
@@ -96,7 +127,7 @@ def test_every_setting_matters(case, change):
   assert hf_cases.distance(expected, got, mask) > TOLERANCE
 
 
-@pytest.mark.parametrize('case', ['qwen3', 'gpt2', 'neox'])
+@pytest.mark.parametrize('case', ['qwen3', 'gpt2', 'neox', 'gemma3'])
 def test_positions_matter(case):
   model, params, _ = hf_cases.ours(case)
   tokens, mask, expected = hf_cases.reference(case, 'none')
@@ -107,7 +138,16 @@ def test_positions_matter(case):
 
 @pytest.mark.parametrize(
   'case',
-  ['llama', 'olmo2', 'qwen2-window', 'qwen3-window', 'gpt2', 'neox'],
+  [
+    'llama',
+    'olmo2',
+    'qwen2-window',
+    'qwen3-window',
+    'gpt2',
+    'neox',
+    'gemma2',
+    'gemma3',
+  ],
 )
 def test_greedy_generation_is_that_of_transformers(case):
   import torch
@@ -144,14 +184,15 @@ def test_greedy_generation_is_that_of_transformers(case):
   np.testing.assert_array_equal(cached, tokens[:, prompt:])
 
 
-def test_bfloat16_computation_is_as_close_as_that_of_transformers():
+@pytest.mark.parametrize('case', ['llama', 'gemma2', 'gemma3'])
+def test_bfloat16_computation_is_as_close_as_that_of_transformers(case):
   import torch
 
-  tokens, mask, exact = hf_cases.reference('llama', 'none')
-  folder = hf_cases.checkpoint('llama')
+  tokens, mask, exact = hf_cases.reference(case, 'none')
+  folder = hf_cases.checkpoint(case)
   dtypes = DTypePolicy(param=jnp.bfloat16, compute=jnp.bfloat16)
   model, params = load_pretrained(folder, dtypes=dtypes)
-  theirs = type(hf_cases.torch_model('llama')).from_pretrained(
+  theirs = type(hf_cases.torch_model(case)).from_pretrained(
     folder, dtype=torch.bfloat16
   )
   their_error = np.abs(hf_cases.torch_logits(theirs, tokens, mask) - exact)
@@ -178,17 +219,62 @@ def _qwen_4(config):
   del config['layer_types']
 
 
+def _gemma2_4(config):
+  del config['layer_types']
+  config['rope_theta'] = config.pop('rope_parameters')['rope_theta']
+  config['hidden_act'] = 'silu'  # There, and not read.
+
+
+def _gemma3_4(config):
+  rope = config.pop('rope_parameters')
+  config['rope_theta'] = rope['full_attention'].pop('rope_theta')
+  config['rope_scaling'] = rope['full_attention']
+  config['rope_local_base_freq'] = rope['sliding_attention']['rope_theta']
+
+
+def _gemma3_early_4(config):
+  _gemma3_4(config)
+  del config['layer_types'], config['_sliding_window_pattern']
+  config['sliding_window_pattern'] = 2
+
+
+def _gemma3_pattern(config):
+  del config['layer_types'], config['_sliding_window_pattern']
+
+
 @pytest.mark.parametrize(
   'case,change',
   [
     ('llama-rope', _llama_4),
     ('neox-serial', _neox_4),
     ('qwen2-window', _qwen_4),
+    ('gemma2', _gemma2_4),
+    ('gemma3', _gemma3_4),
+    ('gemma3', _gemma3_early_4),
+    ('gemma3-untied', _gemma3_pattern),
   ],
 )
 def test_configs_of_transformers_4_are_read(case, change, tmp_path):
   model, _ = load_pretrained(hf_cases.rewritten(case, tmp_path / 'old', change))
   assert model.config == hf_cases.ours(case)[0].config
+
+
+@pytest.mark.parametrize('kind', ['Gemma2Config', 'Gemma3TextConfig'])
+def test_what_a_config_leaves_out_is_as_in_transformers(kind):
+  import transformers
+
+  sizes = dict(
+    vocab_size=7,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=13,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+  )
+  full = getattr(transformers, kind)(**sizes).to_dict()
+  _, expected = parse_config(full, 'full')
+  _, got = parse_config(sizes | dict(model_type=full['model_type']), 'short')
+  assert got == expected
 
 
 def _bare(prefix):
@@ -229,6 +315,8 @@ def _tied_head(tensors):
     ('gpt2', _gpt2_buffers),
     ('neox', _neox_buffers),
     ('llama-tied', _tied_head),
+    ('gemma3', _bare('model.')),
+    ('gemma2', _tied_head),
   ],
 )
 def test_other_spellings_of_a_checkpoint_are_read(case, change, tmp_path):

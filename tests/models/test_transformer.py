@@ -10,6 +10,7 @@ import pytest
 
 from idesign.models import (
   DTypePolicy,
+  LinearScaling,
   RopeConfig,
   TransformerConfig,
   init_cache,
@@ -41,6 +42,20 @@ VARIANTS = {
   'wide-norm': dict(qk_norm='width', attn_out_bias=True, norm_eps=1e-2),
   'tied-multi-query': dict(
     tie_embeddings=True, n_kv_heads=1, activation='gelu_tanh', gated=False
+  ),
+  'both-norms': dict(
+    norm_position='both',
+    norm_unit_offset=True,
+    scale_embeddings=True,
+    tie_embeddings=True,
+    attn_scale=0.9,
+    qk_norm='head',
+    sliding_window=(3, None, 2),
+    rope=RopeConfig(theta=50.0, scaling=LinearScaling(3.0)),
+    rope_local=RopeConfig(theta=7.0),
+  ),
+  'unit-offset-layer-norm': dict(
+    norm='layer', norm_unit_offset=True, scale_embeddings=True, rope=None
   ),
 }
 
@@ -88,16 +103,19 @@ def plain_decoder(config, params, tokens, mask):
     if kind == 'layer':
       x = x - x.mean(-1, keepdims=True)
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps)
-    return x * w['scale'] + w.get('bias', 0)
+    gain = config.norm_unit_offset + w['scale']
+    return x * gain + w.get('bias', 0)
 
   def project(x, w):
     return x @ w['kernel'] + w.get('bias', 0)
 
-  def rotate(x, position):
-    width = int(config.head_dim * config.rope.fraction)
+  def rotate(x, position, rope):
+    width = int(config.head_dim * rope.fraction)
     y = x.copy()
     for i in range(width // 2):
-      angle = position * config.rope.theta ** (-2 * i / width)
+      angle = position * rope.theta ** (-2 * i / width)
+      if rope.scaling is not None:
+        angle = angle / rope.scaling.factor
       a, b = x[..., i], x[..., i + width // 2]
       y[..., i] = a * np.cos(angle) - b * np.sin(angle)
       y[..., i + width // 2] = b * np.cos(angle) + a * np.sin(angle)
@@ -110,9 +128,12 @@ def plain_decoder(config, params, tokens, mask):
     q, k, v = (a.reshape(len(x), -1, config.head_dim) for a in (q, k, v))
     if config.qk_norm == 'head':
       q, k = norm(q, w['q_norm'], 'rms'), norm(k, w['k_norm'], 'rms')
-    if config.rope is not None:
-      q = np.stack([rotate(a, i) for i, a in zip(positions, q)])
-      k = np.stack([rotate(a, i) for i, a in zip(positions, k)])
+    rope = config.rope
+    if window is not None and config.rope_local is not None:
+      rope = config.rope_local
+    if rope is not None:
+      q = np.stack([rotate(a, i, rope) for i, a in zip(positions, q)])
+      k = np.stack([rotate(a, i, rope) for i, a in zip(positions, k)])
     out = np.zeros_like(q)
     for t in range(len(x)):
       seen = [
@@ -122,7 +143,8 @@ def plain_decoder(config, params, tokens, mask):
       ]
       for head in range(config.n_heads if seen else 0):
         shared = head * config.n_kv_heads // config.n_heads
-        scores = k[seen, shared] @ q[t, head] / np.sqrt(config.head_dim)
+        scores = k[seen, shared] @ q[t, head]
+        scores = scores * (config.attn_scale or config.head_dim**-0.5)
         if config.attn_softcap:
           scores = config.attn_softcap * np.tanh(scores / config.attn_softcap)
         weights = np.exp(scores - scores.max())
@@ -136,12 +158,15 @@ def plain_decoder(config, params, tokens, mask):
 
   positions = np.maximum(np.cumsum(mask) - 1, 0)
   x = p['embed']['embedding'][tokens]
+  if config.scale_embeddings:
+    x = x * np.sqrt(config.d_model)
   if config.rope is None:
     x = x + p['positions']['embedding'][positions]
   for layer in range(config.n_layers):
     w = jax.tree.map(lambda a: a[layer], p['blocks'])
     same = lambda h, _: h
-    pre, post = (norm, same) if config.norm_position == 'pre' else (same, norm)
+    pre = same if config.norm_position == 'post' else norm
+    post = same if config.norm_position == 'pre' else norm
     window = config.sliding_window and config.sliding_window[layer]
     h = attention(pre(x, w.get('pre_attn_norm')), w['attn'], window)
     attn = post(h, w.get('post_attn_norm'))
@@ -173,7 +198,7 @@ def test_logits_are_those_of_a_plain_decoder(name):
     )
 
 
-@pytest.mark.parametrize('name', ['plain', 'learned', 'windows'])
+@pytest.mark.parametrize('name', ['plain', 'learned', 'windows', 'both-norms'])
 def test_a_cache_changes_nothing(name):
   model, params = build(name)
   tokens, mask = inputs()
@@ -197,7 +222,7 @@ def test_a_cache_changes_nothing(name):
   )
 
 
-@pytest.mark.parametrize('name', ['plain', 'learned', 'windows'])
+@pytest.mark.parametrize('name', ['plain', 'learned', 'windows', 'both-norms'])
 def test_padding_is_never_seen(name):
   _, params = build(name)
   apply = compiled(name)
@@ -291,7 +316,7 @@ def test_every_projection_is_one_product_and_every_activation_is_named(name):
 
 
 @pytest.mark.parametrize('compute', [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize('name', ['plain', 'learned', 'softcaps'])
+@pytest.mark.parametrize('name', ['plain', 'learned', 'softcaps', 'both-norms'])
 def test_dtypes_are_those_of_the_policy(name, compute):
   dtypes = DTypePolicy(param=jnp.bfloat16, compute=compute)
   config = dataclasses.replace(BASE, **VARIANTS[name], dtypes=dtypes)
@@ -329,6 +354,29 @@ def test_initial_scale_is_even_across_depth():
   )
   logits = jax.jit(model.apply)(params, jnp.arange(13)[None])
   assert 0.5 < float(logits.std()) < 2
+
+
+@pytest.mark.parametrize('norm', ['rms', 'layer'])
+def test_norms_start_without_a_scale(norm):
+  tokens, _ = inputs()
+  logits = []
+  for unit_offset in (False, True):
+    config = dataclasses.replace(
+      BASE, norm=norm, norm_unit_offset=unit_offset, qk_norm='head'
+    )
+    model = transformer(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+    logits.append(jax.jit(model.apply)(params, tokens))
+    for part in (params['final_norm'], params['blocks']['attn']['q_norm']):
+      assert (part['scale'] == 1 - unit_offset).all()
+  np.testing.assert_array_equal(*logits)
+
+
+def test_equal_models_have_equal_configs():
+  windows = dataclasses.replace(BASE, sliding_window=2)
+  assert windows == dataclasses.replace(windows, sliding_window=(2, 2, 2))
+  assert windows == dataclasses.replace(windows, rope_local=windows.rope)
+  assert windows == dataclasses.replace(windows, attn_scale=6**-0.5)
 
 
 def test_models_can_be_mapped_over():
@@ -416,12 +464,22 @@ def test_sequences_longer_than_learned_positions_raise():
     (dict(n_layers=0), 'n_layers=0'),
     (dict(activation='tanh'), "'tanh'"),
     (dict(norm='batch'), "'batch'"),
-    (dict(norm_position='both'), "'both'"),
+    (dict(norm_position='around'), "'around'"),
     (dict(qk_norm='all'), "'all'"),
     (dict(sliding_window=0), 'sliding_window'),
     (dict(sliding_window=(1, 2)), '2 entries for n_layers=3'),
     (dict(attn_softcap=-1.0), 'attn_softcap=-1.0'),
     (dict(logit_softcap=0.0), 'logit_softcap=0.0'),
+    (dict(attn_scale=0.0), 'attn_scale=0.0'),
+    (dict(rope_local=RopeConfig(theta=5.0)), 'of which there are none'),
+    (
+      dict(sliding_window=2, rope=None, rope_local=RopeConfig()),
+      'rope_local without rope',
+    ),
+    (
+      dict(sliding_window=2, rope_local=RopeConfig(fraction=0.67)),
+      'rope rotates 6 features and rope_local 4',
+    ),
     (dict(d_model=13, head_dim=None), 'd_model=13.*n_heads=4'),
   ],
 )
@@ -430,3 +488,5 @@ def test_bad_settings_raise(change, message):
     dataclasses.replace(BASE, **change)
   with pytest.raises(ValueError, match='fraction=1.5'):
     RopeConfig(fraction=1.5)
+  with pytest.raises(ValueError, match='factor=0'):
+    LinearScaling(0)

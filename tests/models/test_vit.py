@@ -120,6 +120,25 @@ def test_names():
 
 
 @pytest.mark.parametrize(
+  'change',
+  [
+    dict(norm_unit_offset=True),
+    dict(attn_scale=0.9),
+    dict(attn_softcap=0.1),
+    dict(norm_position='both'),
+  ],
+)
+def test_settings_of_blocks_are_heeded(change):
+  model, params = build(dataclasses.replace(CONFIG, **change))
+  x = images()
+  heeded = jax.jit(model.apply)(params, x)
+  # The plain model has the same parameters but for norms after the layers.
+  blocks = {k: v for k, v in params['blocks'].items() if 'post' not in k}
+  plain = jax.jit(vit(CONFIG).apply)(params | {'blocks': blocks}, x)
+  assert jnp.abs(heeded - plain).max() > 1e-2
+
+
+@pytest.mark.parametrize(
   'change,message',
   [
     (dict(patch_size=3), 'image_size=4.*patch_size=3'),
