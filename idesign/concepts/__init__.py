@@ -1,6 +1,12 @@
 """Concepts: sparse autoencoders, and what an update does to their features."""
 
 from idesign.concepts.sae import SAE, SAEConfig, make_sae, sae_shardings
+from idesign.concepts.sae_io import (
+  LoadedSAE,
+  SAEFileError,
+  load_sae,
+  save_sae,
+)
 from idesign.concepts.sae_metrics import (
   Fit,
   LossRecovered,

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from idesign.files import new_folder
 from idesign.models.config import TransformerConfig
 from idesign.models.functional import DTypePolicy, Model, Params
 from idesign.models.hf_config import read_config, write_config
@@ -21,7 +22,6 @@ from idesign.models.hf_files import (
   check_finite,
   check_float,
   list_tensors,
-  new_folder,
   plan_shards,
   shard_names,
   write_index,
@@ -139,12 +139,15 @@ def save_pretrained(
     sizes[name] = size // (1 if layer is None else config.n_layers)
   groups = plan_shards(sizes, max_shard_bytes)
   raw['torch_dtype'] = str(flat['embed/embedding'].dtype)
-  with new_folder(folder) as temporary:
-    for file, group in zip(shard_names(groups), groups):
-      write_shard(temporary / file, {name: tensor(name) for name in group})
-    write_index(temporary, groups, sizes)
-    text = json.dumps(raw, indent=2, sort_keys=True) + '\n'
-    (temporary / 'config.json').write_text(text, encoding='utf-8')
+  try:
+    with new_folder(folder) as temporary:
+      for file, group in zip(shard_names(groups), groups):
+        write_shard(temporary / file, {name: tensor(name) for name in group})
+      write_index(temporary, groups, sizes)
+      text = json.dumps(raw, indent=2, sort_keys=True) + '\n'
+      (temporary / 'config.json').write_text(text, encoding='utf-8')
+  except FileExistsError as error:
+    raise CheckpointError(str(error)) from error
 
 
 def _sources(

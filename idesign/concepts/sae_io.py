@@ -1,0 +1,386 @@
+"""Sparse autoencoders in the formats in which people publish them.
+
+  saelens       `sae_weights.safetensors` and `cfg.json`
+  gemma_scope   `params.npz` (https://arxiv.org/abs/2408.05147)
+  sparsify      `sae.safetensors` and `cfg.json` (EleutherAI)
+
+Pickles are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import json
+import os
+import pathlib
+from typing import Any, Literal, NamedTuple
+import zipfile
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from idesign.concepts.sae import SAE, SAEConfig, make_sae
+from idesign.files import new_folder
+
+Format = Literal['saelens', 'gemma_scope', 'sparsify']
+_WEIGHTS = {
+  'saelens': 'sae_weights.safetensors',
+  'gemma_scope': 'params.npz',
+  'sparsify': 'sae.safetensors',
+}
+# Here and in SAELens. A batch's TopK has one threshold afterwards, and so is
+# published as JumpReLU.
+_SAELENS = {
+  'relu': 'standard',
+  'topk': 'topk',
+  'batchtopk': 'jumprelu',
+  'jumprelu': 'jumprelu',
+  'gated': 'gated',
+}
+
+
+class SAEFileError(ValueError):
+  """A file of an autoencoder that cannot be read or written as asked."""
+
+
+class LoadedSAE(NamedTuple):
+  """What a file held.
+
+  Attributes:
+    sae: the autoencoder, float32.
+    format: the format it was in.
+    metadata: what the file says of the model and layer it was trained on.
+    assumed: what the file left open, and what was taken for it; one sentence
+      each.
+  """
+
+  sae: SAE
+  format: Format
+  metadata: dict[str, Any]
+  assumed: tuple[str, ...]
+
+
+def load_sae(
+  path: str | os.PathLike[str], *, input_scale: float | None = None
+) -> LoadedSAE:
+  """Reads a published autoencoder; which format it is, its file names say.
+
+  Args:
+    path: the folder, or for Gemma Scope also the `.npz` file.
+    input_scale: what activations were multiplied by in training, folded into
+      the weights (as SAELens does), so that the result reads activations as
+      they are; None: nothing is folded.
+
+  Raises:
+    SAEFileError: if there is no such file, it is damaged, an array is missing,
+      not known, misshapen or not finite, or it describes something that is no
+      autoencoder of the kinds in `SAE` (a transcoder, layer-normalised inputs).
+  """
+  path = pathlib.Path(path)
+  kind, file = _find(path)
+  assumed: list[str] = []
+  if kind == 'gemma_scope':
+    tensors = _read_npz(file)
+    config, arrays = _guard(file, lambda: _read_gemma_scope(tensors, assumed))
+    metadata: dict[str, Any] = {}
+  else:
+    raw, tensors = _read_json(file.parent / 'cfg.json'), _read_tensors(file)
+    read = _read_saelens if kind == 'saelens' else _read_sparsify
+    config, arrays = _guard(file, lambda: read(raw, tensors, assumed))
+    metadata = raw.get('metadata') or raw
+  arrays = {n: np.asarray(a, np.float32) for n, a in arrays.items()}
+  if input_scale is not None:
+    arrays['W_enc'] = arrays['W_enc'] * np.float32(input_scale)
+    for name in ('W_dec', 'b_dec'):
+      arrays[name] = arrays[name] / np.float32(input_scale)
+  arrays = {n: jnp.asarray(a) for n, a in arrays.items()}
+  sae = _guard(file, lambda: make_sae(config(), arrays))
+  return LoadedSAE(sae, kind, dict(metadata), tuple(assumed))
+
+
+def save_sae(
+  path: str | os.PathLike[str],
+  sae: SAE,
+  *,
+  format: Format = 'saelens',
+  metadata: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes a new folder; it appears whole or not at all.
+
+  Args:
+    path: the folder, new or empty.
+    sae: the autoencoder. A `batchtopk` one is written as the `jumprelu` one
+      that it computes.
+    format: `gemma_scope` holds JumpReLU only, and reads activations without
+      subtracting `b_dec`, which is folded into `b_enc`; `sparsify` holds TopK
+      that subtracts it.
+    metadata: what to say of the model and layer, JSON; not in Gemma Scope's.
+
+  Raises:
+    SAEFileError: if the folder is not empty, or the format cannot hold the
+      autoencoder.
+  """
+  if format not in _WEIGHTS:
+    raise SAEFileError(f'format={format!r}; choose from {tuple(_WEIGHTS)}.')
+  write = {
+    'saelens': _write_saelens,
+    'gemma_scope': _write_gemma_scope,
+    'sparsify': _write_sparsify,
+  }[format]
+  arrays = {n: np.asarray(a, np.float32) for n, a in sae.params.items()}
+  raw, arrays = write(sae.config, arrays, dict(metadata or {}))
+  arrays = {n: np.ascontiguousarray(a) for n, a in arrays.items()}
+  try:
+    with new_folder(pathlib.Path(path)) as folder:
+      if format == 'gemma_scope':
+        np.savez(folder / _WEIGHTS[format], **arrays)
+        return
+      save_file(arrays, folder / _WEIGHTS[format])
+      text = json.dumps(raw, indent=2) + '\n'
+      (folder / 'cfg.json').write_text(text, encoding='utf-8')
+  except FileExistsError as error:
+    raise SAEFileError(str(error)) from error
+
+
+def _find(path: pathlib.Path) -> tuple[Format, pathlib.Path]:
+  if path.is_file() and path.suffix == '.npz':
+    return 'gemma_scope', path
+  found = [kind for kind, name in _WEIGHTS.items() if (path / name).is_file()]
+  if len(found) != 1:
+    raise SAEFileError(
+      f'{path} has {" and ".join(_WEIGHTS[k] for k in found) or "none"} of '
+      f'{tuple(_WEIGHTS.values())}; it must have exactly one.'
+    )
+  return found[0], path / _WEIGHTS[found[0]]
+
+
+def _guard(file: pathlib.Path, read):
+  """Errors of what is read name the file."""
+  try:
+    return read()
+  except SAEFileError as error:
+    raise SAEFileError(f'{file}: {error}') from error
+  except (ValueError, TypeError) as error:
+    raise SAEFileError(f'{file}: {error}') from error
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    raw = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError) as error:
+    raise SAEFileError(f'{path} cannot be read: {error}.') from error
+  if not isinstance(raw, dict):
+    raise SAEFileError(f'{path} holds a {type(raw).__name__}, not an object.')
+  return raw
+
+
+def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    return load_file(path)
+  except (SafetensorError, OSError) as error:
+    raise SAEFileError(
+      f'{path} is truncated or not a safetensors file ({error}); download it '
+      'again.'
+    ) from error
+
+
+def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return {name: file[name] for name in file.files}
+  except (OSError, ValueError, zipfile.BadZipFile) as error:
+    raise SAEFileError(
+      f'{path} is truncated or not an npz of plain arrays ({error}); '
+      'download it again.'
+    ) from error
+
+
+def _take(tensors, *names: str) -> dict[str, np.ndarray]:
+  for name in sorted(set(tensors) ^ set(names)):
+    problem = 'is missing' if name in names else 'is not known'
+    raise SAEFileError(f'{name} {problem}; the arrays are {sorted(tensors)}.')
+  return dict(tensors)
+
+
+def _rows(name, matrix, rows: int, columns: int, assumed) -> np.ndarray:
+  """The matrix as `[rows, columns]`, whichever way it was written."""
+  if rows == columns and matrix.shape == (rows, columns):
+    assumed.append(
+      f'{name} is square: taken to be written as its format does it.'
+    )
+  elif matrix.shape == (columns, rows):
+    assumed.append(
+      f'{name} is {matrix.shape}: taken to be the transpose of '
+      f'{(rows, columns)}.'
+    )
+    return matrix.T
+  if matrix.shape != (rows, columns):
+    raise SAEFileError(
+      f'{name} has shape {matrix.shape}; it must be {(rows, columns)}.'
+    )
+  return matrix
+
+
+def _read_saelens(raw, tensors, assumed):
+  kind = raw.get('architecture')
+  if kind is None:
+    kind = 'standard'
+    assumed.append('cfg.json names no architecture: taken to be standard.')
+  function = raw.get('activation_fn', raw.get('activation_fn_str', 'relu'))
+  k = raw.get('k', (raw.get('activation_fn_kwargs') or {}).get('k'))
+  if kind == 'standard' and function == 'topk':  # As SAELens wrote it once.
+    kind = 'topk'
+  elif kind == 'standard' and function != 'relu':
+    raise SAEFileError(f'activation_fn={function!r} is not supported.')
+  ours = {'standard': 'relu', 'topk': 'topk'} | {
+    name: name for name in ('jumprelu', 'gated')
+  }
+  if kind not in ours:
+    raise SAEFileError(
+      f'architecture={kind!r} is not supported; supported are {sorted(ours)}.'
+    )
+  scaled = raw.get('normalize_activations', 'none')
+  if scaled in (True, 'expected_average_only_in'):
+    assumed.append(
+      'The autoencoder was trained on activations scaled to mean norm '
+      'sqrt(d_in); unless input_scale was given, it must be fed such.'
+    )
+  elif scaled not in (None, False, 'none'):
+    raise SAEFileError(f'normalize_activations={scaled!r} is not supported.')
+  if raw.get('reshape_activations', 'none') not in ('none', 'hook_z'):
+    shape = raw['reshape_activations']
+    raise SAEFileError(f'reshape_activations={shape!r} is not supported.')
+  centered = raw.get('apply_b_dec_to_input')
+  if centered is None:
+    centered = True
+    assumed.append(
+      'cfg.json has no apply_b_dec_to_input: b_dec is taken to be subtracted.'
+    )
+  names = {
+    'relu': ('b_enc',),
+    'topk': ('b_enc',),
+    'jumprelu': ('b_enc', 'threshold'),
+    'gated': ('b_gate', 'b_mag', 'r_mag'),
+  }[ours[kind]]
+  if 'log_threshold' in tensors:  # Of a checkpoint in the middle of training.
+    tensors = dict(tensors)
+    tensors['threshold'] = np.exp(tensors.pop('log_threshold'))
+  arrays = _take(tensors, 'W_enc', 'W_dec', 'b_dec', *names)
+  if kind == 'topk' and raw.get('rescale_acts_by_decoder_norm', False):
+    # Selecting and scaling by the norm of the decoder's row is an encoder that
+    # is larger by it and a decoder of unit rows.
+    norms = np.linalg.norm(arrays['W_dec'], axis=1)
+    arrays['W_enc'] = arrays['W_enc'] * norms[None]
+    arrays['b_enc'] = arrays['b_enc'] * norms
+    arrays['W_dec'] = arrays['W_dec'] / norms[:, None]
+  make = lambda: SAEConfig(
+    architecture=ours[kind],
+    d_in=raw['d_in'],
+    d_sae=raw['d_sae'],
+    k=k,
+    centered=centered,
+  )
+  for name in ('d_in', 'd_sae'):
+    if not isinstance(raw.get(name), int):
+      raise SAEFileError(f'cfg.json has {name}={raw.get(name)!r}.')
+  return make, arrays
+
+
+def _write_saelens(config: SAEConfig, arrays, metadata):
+  raw = {
+    'architecture': _SAELENS[config.architecture],
+    'd_in': config.d_in,
+    'd_sae': config.d_sae,
+    'dtype': 'float32',
+    'device': 'cpu',
+    'apply_b_dec_to_input': config.centered,
+    'normalize_activations': 'none',
+    'reshape_activations': 'none',
+    'metadata': metadata,
+  }
+  if config.architecture == 'topk':
+    raw |= {'k': config.k, 'rescale_acts_by_decoder_norm': False}
+  return raw, arrays
+
+
+def _read_gemma_scope(tensors, assumed):
+  # Some files spell the matrices w_enc and w_dec.
+  tensors = {n.replace('w_', 'W_'): a for n, a in tensors.items()}
+  scale = tensors.pop('scaling_factor', None)
+  if scale is not None and not np.all(scale == 1):
+    raise SAEFileError('scaling_factor, of transcoders, is not supported.')
+  arrays = _take(tensors, 'W_enc', 'W_dec', 'b_enc', 'b_dec', 'threshold')
+  features, width = arrays['b_enc'].size, arrays['b_dec'].size
+  arrays['W_enc'] = _rows('W_enc', arrays['W_enc'], width, features, assumed)
+  arrays['W_dec'] = _rows('W_dec', arrays['W_dec'], features, width, assumed)
+  assumed.append('The npz has no settings: a JumpReLU that reads h itself.')
+  make = lambda: SAEConfig(
+    architecture='jumprelu', d_in=width, d_sae=features, centered=False
+  )
+  return make, arrays
+
+
+def _write_gemma_scope(config: SAEConfig, arrays, metadata):
+  if config.architecture not in ('jumprelu', 'batchtopk'):
+    raise SAEFileError(
+      f'Gemma Scope files hold JumpReLU, not {config.architecture}; save it as '
+      'saelens.'
+    )
+  if metadata:
+    raise SAEFileError('Gemma Scope files hold no metadata; leave it out.')
+  if config.centered:
+    wide = {n: a.astype(np.float64) for n, a in arrays.items()}
+    moved = wide['b_enc'] - wide['b_dec'] @ wide['W_enc']
+    arrays['b_enc'] = moved.astype(np.float32)
+  return {}, arrays
+
+
+def _read_sparsify(raw, tensors, assumed):
+  for key in ('transcode', 'skip_connection', 'matching_pursuit'):
+    if raw.get(key):
+      raise SAEFileError(f'{key}={raw[key]!r} is not supported.')
+  if raw.get('activation', 'topk') != 'topk':
+    raise SAEFileError(f'activation={raw["activation"]!r} is not supported.')
+  tensors = _take(tensors, 'encoder.weight', 'encoder.bias', 'W_dec', 'b_dec')
+  features, width = tensors['encoder.bias'].size, tensors['b_dec'].size
+  rows = lambda name: _rows(name, tensors[name], features, width, assumed)
+  arrays = {
+    'W_enc': rows('encoder.weight').T,
+    'b_enc': tensors['encoder.bias'],
+    'W_dec': rows('W_dec'),
+    'b_dec': tensors['b_dec'],
+  }
+  make = lambda: SAEConfig(
+    architecture='topk', d_in=width, d_sae=features, k=raw.get('k')
+  )
+  return make, arrays
+
+
+def _write_sparsify(config: SAEConfig, arrays, metadata):
+  if config.architecture != 'topk' or not config.centered:
+    raise SAEFileError(
+      'sparsify files hold TopK that subtracts b_dec; save this '
+      f'{config.architecture} as saelens.'
+    )
+  raw = {
+    'activation': 'topk',
+    'd_in': config.d_in,
+    'num_latents': config.d_sae,
+    'expansion_factor': max(1, config.d_sae // config.d_in),
+    'k': config.k,
+    'normalize_decoder': True,
+    'multi_topk': False,
+    'skip_connection': False,
+    'transcode': False,
+  }
+  if metadata:
+    raw['metadata'] = metadata
+  tensors = {
+    'encoder.weight': arrays['W_enc'].T,
+    'encoder.bias': arrays['b_enc'],
+    'W_dec': arrays['W_dec'],
+    'b_dec': arrays['b_dec'],
+  }
+  return raw, tensors
