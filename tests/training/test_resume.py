@@ -73,8 +73,10 @@ def metrics_file(workdir):
 
 
 def written(workdir):
-  path = metrics_file(workdir)
-  return read_metrics(path)[-1]['step'] if path.stat().st_size else 0
+  # A run that resumes may replace the file with an empty one at any moment,
+  # so what was read decides, not what the file's size was just before.
+  records = read_metrics(metrics_file(workdir))
+  return records[-1]['step'] if records else 0
 
 
 def at_step(workdir, step):
