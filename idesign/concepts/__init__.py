@@ -1,5 +1,16 @@
 """Concepts: sparse autoencoders, and what an update does to their features."""
 
+from idesign.concepts.activations import reader, stream, token_mean
+from idesign.concepts.decompose import (
+  ChangeStatistics,
+  Decomposition,
+  Shares,
+  change_statistics,
+  decompose,
+  predicted_change,
+  realised_change,
+  shares,
+)
 from idesign.concepts.sae import SAE, SAEConfig, make_sae, sae_shardings
 from idesign.concepts.sae_io import (
   LoadedSAE,
