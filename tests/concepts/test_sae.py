@@ -304,3 +304,9 @@ def test_bad_samples_raise():
     concepts.evaluate_sae(random_sae('relu'), [])
   with pytest.raises(ValueError, match='all equal'):
     concepts.evaluate_sae(random_sae('relu'), [jnp.ones((5, D))])
+
+
+def test_finding_the_largest_is_no_full_sort():
+  sae = random_sae('topk')
+  program = jax.jit(sae.encode).lower(jnp.zeros((50, D))).compile()
+  assert ' sort(' not in program.as_text()
