@@ -11,6 +11,13 @@ from idesign.concepts.decompose import (
   realised_change,
   shares,
 )
+from idesign.concepts.directions import (
+  RankOne,
+  concept_scores,
+  dense,
+  jvp_scores,
+  rank_one_directions,
+)
 from idesign.concepts.sae import SAE, SAEConfig, make_sae, sae_shardings
 from idesign.concepts.sae_io import (
   LoadedSAE,

@@ -25,6 +25,7 @@ from idesign.sites.selection import SelectionError, leaf_paths, match_paths
 from idesign.sites.statistics import (
   Statistic,
   direction_product,
+  direction_product_by_position,
   input_moment,
   output_moment,
   per_example_gradient,

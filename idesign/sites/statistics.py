@@ -74,10 +74,13 @@ def _squared_norm(x, dy) -> Float[Array, 'B']:
   return jnp.sum(_gradient(x, dy) ** 2, axis=(1, 2))
 
 
-def _direction_product(x, dy, inputs) -> Float[Array, 'B C']:
+def _direction_products(x, dy, inputs) -> Float[Array, 'B T C']:
   u, w = inputs
-  xu, gw = _einsum('bti,ci->btc', x, u), _einsum('bto,co->btc', dy, w)
-  return jnp.sum(xu * gw, axis=1)
+  return _einsum('bti,ci->btc', x, u) * _einsum('bto,co->btc', dy, w)
+
+
+def _direction_product(x, dy, inputs) -> Float[Array, 'B C']:
+  return jnp.sum(_direction_products(x, dy, inputs), axis=1)
 
 
 def _rotated_square(x, dy, inputs) -> Float[Array, 'I O']:
@@ -106,6 +109,8 @@ per_example_squared_norm = Statistic(
 # Inner products <u_c w_c^T, gradient_b> with rank-1 directions. Inputs per
 # site: `(u [*stack, C, d_in], w [*stack, C, d_out])`.
 direction_product = Statistic(_direction_product, additive=True)
+# The same before summing over positions, `[B, T, C]`.
+direction_product_by_position = Statistic(_direction_products, additive=True)
 # sum_b (U_in^T gradient_b U_out)^2, the eigenvalues of EK-FAC (George et al.
 # 2018). Inputs per site: `(U_in [*stack, d_in, d_in], U_out [*stack, d_out,
 # d_out])`.

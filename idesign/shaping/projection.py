@@ -1,0 +1,261 @@
+r"""Projecting a concept out of gradients: the baseline that loses.
+
+Descent finds another way to the same loss: on every world that was tried here,
+behaviour whose gradient is projected out, at activations or at parameters,
+before the optimizer or after it, is learned all the same (see
+`experiments.pirate`). These transformations exist to show that, and as parts
+of what does hold: a bound on the *applied* update, `confine_movement`.
+
+A direction in parameter space is given for some of the parameters, as a sum of
+rank-1 matrices `u w^T` (one per matrix and concept): `concepts
+.rank_one_directions` makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import optax
+
+from idesign import sites
+from idesign.concepts import RankOne
+
+PyTree = Any
+Directions = Mapping[str, RankOne]
+
+
+@jax.custom_vjp
+def _block(h, basis):
+  del basis
+  return h
+
+
+def _block_forward(h, basis):
+  return h, basis
+
+
+def _block_backward(basis, g):
+  return g - (g @ basis) @ basis.T, jnp.zeros_like(basis)
+
+
+_block.defvjp(_block_forward, _block_backward)
+
+
+def orthonormal(directions: Float[Array, 'C D']) -> Float[Array, 'D C']:
+  """An orthonormal basis of the span of directions, for the functions here.
+
+  Raises:
+    ValueError: if there are more directions than dimensions.
+  """
+  if directions.ndim != 2 or directions.shape[0] > directions.shape[1]:
+    raise ValueError(
+      f'directions {directions.shape} must be [concepts, width], and not more '
+      'than the width, or nothing would be left.'
+    )
+  return jnp.linalg.qr(directions.T)[0]
+
+
+def block_activation_gradient(
+  fn: Callable[..., Any], bases: Mapping[str, Float[Array, 'D C']]
+) -> Callable[..., Any]:
+  """Backward only: `dL/dh -> dL/dh - (dL/dh Q) Q^T`; the forward is as it was.
+
+  Args:
+    fn: a function whose activations are named.
+    bases: activation -> orthonormal `Q`; see `sites.edit` for the names.
+  """
+  return sites.edit(
+    fn, {k: (lambda h, q=q: _block(h, q)) for k, q in bases.items()}
+  )
+
+
+class ConfineState(NamedTuple):
+  """What the last step did; arrays only.
+
+  Attributes:
+    count: steps so far.
+    multiplier: of each concept's direction, how much of it was added.
+    residual: how far from optimal the solution is, in units of movement (the
+      largest violation of the Karush-Kuhn-Tucker conditions); 0 at the optimum.
+  """
+
+  count: Int[Array, '']
+  multiplier: Float[Array, 'C']
+  residual: Float[Array, '']
+
+
+def confine_movement(
+  directions: Directions, *, sweeps: int = 30
+) -> optax.GradientTransformationExtraArgs:
+  r"""Keeps each concept's first-order movement in a box.
+
+  Of all updates it applies the one nearest to the optimizer's:
+
+    min |v - u|^2   subject to   low_c <= <D_c, v> <= high_c   for every c
+
+  by Gauss-Seidel on the dual, a quadratic programme in C variables (as GEM,
+  https://arxiv.org/abs/1706.08840, by `v = u + sum_c lambda_c D_c`), with a
+  fixed number of sweeps and the residual in the state.
+
+  Goes **last** in a chain, after the learning rate and weight decay: of what is
+  applied before them nothing is guaranteed. `update` takes the extra arguments
+  `low` and `high`, `[C]`; a bound may be infinite. A direction of norm 0 is not
+  constrained. Where an update, or a bound, is NaN, the update becomes zero.
+
+  Args:
+    directions: of the parameters named; the others are left alone.
+    sweeps: over all concepts. Few are needed unless directions are nearly
+      parallel: look at `residual`.
+
+  Raises:
+    ValueError: for no direction, or directions with different concepts; when
+      traced, if a parameter is missing or has another shape.
+  """
+  count = _concepts(directions)
+
+  def init(params):
+    _leaves(params, directions)
+    return ConfineState(
+      jnp.zeros((), jnp.int32), jnp.zeros(count), jnp.zeros(())
+    )
+
+  def update(updates, state, params=None, *, low, high, **extra):
+    del params, extra
+    if jnp.shape(low) != (count,) or jnp.shape(high) != (count,):
+      raise ValueError(
+        f'low {jnp.shape(low)} and high {jnp.shape(high)} must be ({count},).'
+      )
+    moved, gram = movement(updates, directions), _gram(directions)
+    finite = jnp.array(
+      [jnp.isfinite(u).all() for u in jax.tree.leaves(updates)]
+    )
+    sound = finite.all() & ~(jnp.isnan(low) | jnp.isnan(high)).any()
+    moved = jnp.where(sound, moved, 0)
+    low = jnp.where(sound, low, -jnp.inf)
+    high = jnp.where(sound, high, jnp.inf)
+    diagonal = jnp.diagonal(gram)
+    free = diagonal <= 1e-12 * jnp.max(diagonal)
+
+    def best(multiplier, c):
+      """The multiplier of `c` when the others stay."""
+      own = gram[c, c]
+      without = moved[c] + gram[c] @ multiplier - own * multiplier[c]
+      wanted = (jnp.clip(without, low[c], high[c]) - without) / own
+      return jnp.where(free[c], 0, wanted)
+
+    def visit(i, multiplier):
+      c = i % count
+      return multiplier.at[c].set(best(multiplier, c))
+
+    multiplier = jax.lax.fori_loop(
+      0, sweeps * count, visit, jnp.zeros_like(moved)
+    )
+    wanted = jax.vmap(best, (None, 0))(multiplier, jnp.arange(count))
+    residual = jnp.max(jnp.abs(wanted - multiplier) * diagonal)
+    updates = jax.tree.map(lambda u: jnp.where(sound, u, 0), updates)
+    updates = _add(updates, directions, multiplier)
+    count_ = optax.safe_increment(state.count)
+    return updates, ConfineState(count_, multiplier, residual)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def project_out(directions: Directions) -> optax.GradientTransformation:
+  """Removes the span of the directions: `u - D^T (D D^T)^+ D u`.
+
+  Before the optimizer in a chain it projects gradients, after it updates.
+
+  Raises:
+    ValueError: as `confine_movement`.
+  """
+  _concepts(directions)
+
+  def init(params):
+    _leaves(params, directions)
+    return optax.EmptyState()
+
+  def update(updates, state, params=None):
+    del params
+    moved, gram = movement(updates, directions), _gram(directions)
+    inverse = jnp.linalg.pinv(gram, hermitian=True)
+    return _add(updates, directions, -inverse @ moved), state
+
+  return optax.GradientTransformation(init, update)
+
+
+def movement(updates: PyTree, directions: Directions) -> Float[Array, 'C']:
+  """`<D_c, u>` for every concept: its first-order movement under an update."""
+  total = 0.0
+  for path, leaf in _leaves(updates, directions).items():
+    u, w, matrix = _matrices(path, directions[path], leaf)
+    part = jnp.einsum('csi,sio->cso', u, matrix)
+    total = total + jnp.einsum('cso,cso->c', part, w)
+  return total
+
+
+def _gram(directions: Directions) -> Float[Array, 'C C']:
+  total = 0.0
+  for d in directions.values():
+    flat = lambda x: x.reshape(*x.shape[: 1 + d.num_stack], -1)
+    u, w = flat(d.u), flat(d.w)
+    u, w = (x.reshape(len(x), -1, x.shape[-1]) for x in (u, w))
+    uu = jnp.einsum('csi,dsi->cds', u, u)
+    total = total + jnp.sum(uu * jnp.einsum('cso,dso->cds', w, w), -1)
+  return total
+
+
+def _add(updates, directions, multiplier):
+  """`u + sum_c multiplier_c D_c`."""
+  changed = {}
+  for path, leaf in _leaves(updates, directions).items():
+    u, w, _ = _matrices(path, directions[path], leaf)
+    delta = jnp.einsum('c,csi,cso->sio', multiplier, u, w)
+    changed[path] = leaf + delta.reshape(leaf.shape).astype(leaf.dtype)
+  leaves, tree = jax.tree.flatten(updates)
+  paths = sites.leaf_paths(updates)
+  new = [changed.get(path, leaf) for path, leaf in zip(paths, leaves)]
+  return jax.tree.unflatten(tree, new)
+
+
+def _matrices(path, direction, leaf):
+  """`u [C, S, I]`, `w [C, S, O]` and the leaf as `[S, I, O]`."""
+  lead = direction.num_stack
+  stack, ins = direction.u.shape[1 : 1 + lead], direction.u.shape[1 + lead :]
+  outs = direction.w.shape[1 + lead :]
+  if leaf.shape != (*stack, *ins, *outs):
+    raise ValueError(
+      f'{path} has shape {leaf.shape}; its directions are for '
+      f'{(*stack, *ins, *outs)}.'
+    )
+  c = len(direction.u)
+  s, i, o = math.prod(stack), math.prod(ins), math.prod(outs)
+  return (
+    direction.u.reshape(c, s, i),
+    direction.w.reshape(c, s, o),
+    leaf.reshape(s, i, o),
+  )
+
+
+def _leaves(tree, directions) -> dict[str, Array]:
+  leaves = dict(zip(sites.leaf_paths(tree), jax.tree.leaves(tree)))
+  missing = sorted(set(directions) - set(leaves))
+  if missing:
+    raise ValueError(
+      f'there are directions for {missing}, which are no parameters here: '
+      f'{sorted(leaves)}.'
+    )
+  return {path: leaves[path] for path in directions}
+
+
+def _concepts(directions: Directions) -> int:
+  counts = {len(x) for d in directions.values() for x in (d.u, d.w)}
+  if len(counts) != 1:
+    raise ValueError(
+      f'directions must be for the same concepts, got {sorted(counts)}.'
+    )
+  return counts.pop()

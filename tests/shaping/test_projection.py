@@ -1,0 +1,184 @@
+"""Boxes on movement against a general solver; projections leave nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.optimize
+
+from idesign import concepts, shaping
+
+EPS = np.finfo(np.float32).eps
+C = 3
+
+
+def make(seed=0, count=C):
+  """Parameters, directions on two of their three leaves, an update."""
+  k = iter(jax.random.split(jax.random.key(seed), 10))
+  draw = lambda *shape: jax.random.normal(next(k), shape)
+  params = {'a': draw(2, 4, 5), 'b': draw(3, 2, 6), 'c': draw(4)}
+  ones = jnp.ones((count, 2))
+  directions = {
+    'a': concepts.RankOne(draw(count, 2, 4), draw(count, 2, 5), ones, 1),
+    'b': concepts.RankOne(
+      draw(count, 3, 2), draw(count, 6), jnp.ones(count), 0
+    ),
+  }
+  update = {'a': draw(2, 4, 5), 'b': draw(3, 2, 6), 'c': draw(4)}
+  return params, directions, update
+
+
+def matrix(directions):
+  """Directions as rows over all of `a` and `b`."""
+  rows = [concepts.dense(directions[k]) for k in 'ab']
+  return np.concatenate([r.reshape(len(r), -1) for r in rows], 1)
+
+
+def flat(update):
+  return np.concatenate([np.asarray(update[k]).ravel() for k in 'ab'])
+
+
+def confine(directions, params, update, low, high, **options):
+  transform = shaping.confine_movement(directions, **options)
+  return jax.jit(transform.update)(
+    update, transform.init(params), low=low, high=high
+  )
+
+
+def test_movement_is_the_inner_product():
+  _, directions, update = make()
+  expected = matrix(directions) @ flat(update)
+  np.testing.assert_allclose(
+    shaping.movement(update, directions), expected, rtol=1e-5, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  'low,high',
+  [
+    ([0, 0, 0], [0, 0, 0]),
+    ([-1, -9, 0.5], [1, -2, 0.5]),
+    ([-np.inf, -np.inf, 1], [0.1, np.inf, np.inf]),
+  ],
+)
+def test_it_is_the_nearest_update_in_the_box(low, high):
+  params, directions, update = make()
+  low, high = jnp.array(low, jnp.float32), jnp.array(high, jnp.float32)
+  found, state = confine(directions, params, update, low, high, sweeps=100)
+  a, u = matrix(directions).astype(float), flat(update).astype(float)
+  moved = a @ flat(found)
+  assert (moved >= low - 1e-4).all() and (moved <= high + 1e-4).all()
+  best = scipy.optimize.minimize(
+    lambda x: 0.5 * np.sum((x - u) ** 2),
+    u,
+    jac=lambda x: x - u,
+    constraints=scipy.optimize.LinearConstraint(a, low, high),
+    method='trust-constr',
+    options={'gtol': 1e-10, 'xtol': 1e-12},
+  )
+  np.testing.assert_allclose(flat(found), best.x, atol=2e-3)
+  np.testing.assert_array_equal(found['c'], update['c'])
+  assert state.residual < 1e-4 and state.count == 1
+  np.testing.assert_allclose(
+    flat(found) - flat(update), state.multiplier @ matrix(directions), atol=1e-5
+  )
+
+
+def test_an_update_inside_the_box_stays():
+  params, directions, update = make()
+  wide = jnp.full(C, 1e6)
+  found, state = confine(directions, params, update, -wide, wide)
+  jax.tree.map(np.testing.assert_array_equal, found, update)
+  assert state.residual == 0 and not state.multiplier.any()
+
+
+def test_the_residual_tells_too_few_sweeps():
+  params, directions, update = make()
+  a = directions['a']
+  near = lambda x: x.at[1].set(x[0] + 1e-2 * x[1])
+  directions = {
+    'a': concepts.RankOne(near(a.u), near(a.w), a.kept, 1),
+  }
+  zero = jnp.zeros(C)
+  few = confine(directions, params, update, zero, zero, sweeps=1)[1].residual
+  many = confine(directions, params, update, zero, zero, sweeps=999)[1].residual
+  assert many < few / 10
+
+
+def test_a_direction_that_is_zero_is_free():
+  params, directions, update = make()
+  gone = {
+    k: concepts.RankOne(d.u.at[1].set(0), d.w, d.kept, d.num_stack)
+    for k, d in directions.items()
+  }
+  one = jnp.ones(C)
+  found, state = confine(gone, params, update, one, one)
+  assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((found, state)))
+  np.testing.assert_allclose(
+    shaping.movement(found, gone), [1, 0, 1], atol=1e-4
+  )
+
+
+@pytest.mark.parametrize('where', ['update', 'bound'])
+def test_nan_moves_nothing(where):
+  params, directions, update = make()
+  low = high = jnp.zeros(C)
+  if where == 'update':
+    update['c'] = update['c'].at[0].set(jnp.nan)
+  else:
+    low = low.at[0].set(jnp.nan)
+  found, state = confine(directions, params, update, low, high)
+  assert not any(x.any() for x in jax.tree.leaves(found))
+  assert jnp.isfinite(state.residual)
+
+
+def test_after_adam_the_applied_update_is_bounded():
+  params, directions, _ = make()
+  optimizer = optax.chain(
+    optax.adamw(0.1), shaping.confine_movement(directions, sweeps=100)
+  )
+  early = optax.chain(shaping.project_out(directions), optax.adamw(0.1))
+  state, state_early = optimizer.init(params), early.init(params)
+  zero, drift = jnp.zeros(C), 0.0
+  step = jax.jit(lambda g, s, p: optimizer.update(g, s, p, low=zero, high=zero))
+  for i in range(4):
+    grads = make(i + 1)[2]
+    updates, state = step(grads, state, params)
+    moved = shaping.movement(updates, directions)
+    assert jnp.abs(moved).max() < 1e-4
+    before, state_early = early.update(grads, state_early, params)
+    drift = max(drift, jnp.abs(shaping.movement(before, directions)).max())
+  # Projecting before Adam promises nothing about what is applied.
+  assert drift > 0.05
+
+
+def test_project_out_leaves_no_movement():
+  params, directions, update = make()
+  twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), directions)
+  for d in (directions, twice):
+    transform = shaping.project_out(d)
+    found, _ = transform.update(update, transform.init(params))
+    np.testing.assert_allclose(shaping.movement(found, d), 0, atol=2e-4)
+  a, u = matrix(directions), flat(update)
+  nearest = u - a.T @ np.linalg.solve(a @ a.T, a @ u)
+  np.testing.assert_allclose(flat(found), nearest, atol=1e-4)
+
+
+def test_bad_directions_are_named():
+  params, directions, update = make()
+  other = {'a': directions['a'], 'b': make(count=2)[1]['b']}
+  with pytest.raises(ValueError, match=r'same concepts, got \[2, 3\]'):
+    shaping.confine_movement(other)
+  with pytest.raises(ValueError, match='same concepts'):
+    shaping.project_out({})
+  lost = {'z': directions['a']}
+  with pytest.raises(ValueError, match="for \\['z'\\]"):
+    shaping.project_out(lost).init(params)
+  with pytest.raises(ValueError, match='low'):
+    confine(directions, params, update, jnp.zeros(2), jnp.zeros(C))
+  wrong = {'b': directions['a']}
+  with pytest.raises(ValueError, match='its directions are for'):
+    confine(wrong, params, update, jnp.zeros(C), jnp.zeros(C))
+  with pytest.raises(ValueError, match='not more than the width'):
+    shaping.orthonormal(jnp.ones((5, 4)))
