@@ -18,6 +18,21 @@ from idesign.concepts.directions import (
   jvp_scores,
   rank_one_directions,
 )
+from idesign.concepts.label import (
+  Span,
+  Spans,
+  label,
+  promoted_tokens,
+  render,
+  top_spans,
+)
+from idesign.concepts.report import (
+  ConceptReport,
+  Description,
+  describe,
+  make_report,
+  report,
+)
 from idesign.concepts.sae import SAE, SAEConfig, make_sae, sae_shardings
 from idesign.concepts.sae_io import (
   LoadedSAE,

@@ -7,6 +7,7 @@ from idesign.judges.endpoint import (
   Completion,
   EndpointError,
 )
+from idesign.judges.evidence import ConceptInspector, evidence
 from idesign.judges.language_model import Inspector, LanguageModelJudge
 from idesign.judges.log import (
   DecisionLog,

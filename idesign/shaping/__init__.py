@@ -1,5 +1,11 @@
 """Shaping what training teaches: gates, prompts, steering, routing."""
 
+from idesign.shaping.attribution import (
+  Counterfactual,
+  Translation,
+  counterfactual,
+  translation,
+)
 from idesign.shaping.gate import (
   GateState,
   gate_aggregator,
@@ -15,6 +21,7 @@ from idesign.shaping.projection import (
   movement,
   orthonormal,
   project_out,
+  project_out_current,
 )
 from idesign.shaping.prompts import Elicitation, elicitation, inoculate
 from idesign.shaping.routing import (

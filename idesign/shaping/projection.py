@@ -259,3 +259,35 @@ def _concepts(directions: Directions) -> int:
       f'directions must be for the same concepts, got {sorted(counts)}.'
     )
   return counts.pop()
+
+
+def project_out_current(
+  concepts: Callable[[PyTree], Float[Array, 'C']],
+) -> optax.GradientTransformation:
+  """Removes from updates what moves concepts, by their gradients of the moment.
+
+  Like `project_out`, with directions that are taken anew at every step and are
+  not cut down to rank 1: `D_c = grad concepts(params)[c]`. Costs a backward
+  pass per concept.
+
+  Args:
+    concepts: parameters -> what each concept reads on some probes.
+
+  Raises (when traced):
+    ValueError: if `update` is not given the parameters.
+  """
+
+  def update(updates, state, params=None):
+    if params is None:
+      raise ValueError('project_out_current needs update(..., params).')
+    rows = jax.jacrev(concepts)(params)
+    flat = lambda tree: jnp.concatenate(
+      [x.reshape(len(x), -1) for x in jax.tree.leaves(tree)], axis=1
+    )
+    moved = flat(rows) @ flat(jax.tree.map(lambda u: u[None], updates))[0]
+    gram = flat(rows) @ flat(rows).T
+    multiplier = jnp.linalg.pinv(gram, hermitian=True) @ moved
+    remove = lambda u, d: u - jnp.tensordot(multiplier, d, 1).astype(u.dtype)
+    return jax.tree.map(remove, updates, rows), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

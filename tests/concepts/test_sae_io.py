@@ -1,6 +1,12 @@
-"""Published formats: what is written is read, and what is wrong is named."""
+"""Published formats: what is written is read, and what is wrong is named.
+
+`data/sae_lens` was written by SAELens, trained for some updates, with its own
+output beside it: what `KEEP=FOLDER scripts/peers sae-lens` leaves in
+`FOLDER/theirs`.
+"""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +23,8 @@ EXPRESSIBLE = [('saelens', a) for a in ARCHITECTURES] + [
   ('sparsify', 'topk'),
 ]
 H = jax.random.normal(jax.random.key(7), (50, D))
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SAELENS = pathlib.Path(__file__).parent / 'data/sae_lens'
 
 
 @pytest.mark.parametrize('centered', [True, False])
@@ -143,6 +151,62 @@ def test_activations_rescaled_by_decoder_norms_are_folded(tmp_path):
   np.testing.assert_allclose(
     got(H), expected, rtol=0, atol=near * np.abs(expected).max()
   )
+
+
+@pytest.mark.parametrize(
+  'name,architecture,assumed',
+  [
+    # A checkpoint: decoder rows of other norms than 1, and it says to use them.
+    ('topk-rescaled-checkpoint', 'topk', 0),
+    # The same without saying so: SAELens reads it as not to be used.
+    ('topk-rescaled-unsaid', 'topk', 0),
+    ('batchtopk', 'jumprelu', 0),
+    ('jumprelu', 'jumprelu', 0),
+    ('gated', 'gated', 0),
+  ],
+)
+def test_what_saelens_wrote_computes_what_it_does_there(
+  name, architecture, assumed
+):
+  loaded = concepts.load_sae(SAELENS / name)
+  assert loaded.format == 'saelens'
+  assert loaded.sae.config.architecture == architecture
+  assert len(loaded.assumed) == assumed
+  assert loaded.metadata['sae_lens_version']
+  theirs = np.load(SAELENS / name / 'outputs.npz')
+  assert 0 < (theirs['features'] > 0).mean() < 0.9
+  features = loaded.sae.encode(jnp.asarray(theirs['inputs']))
+  for ours, expected in (
+    (features, theirs['features']),
+    (loaded.sae.decode(features), theirs['reconstruction']),
+  ):
+    near = 4 * (D + F) * EPS * np.abs(expected).max()
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=near)
+
+
+def test_whether_to_rescale_makes_a_difference():
+  """Otherwise the two fixtures would not tell one default from the other."""
+  said, unsaid = (
+    np.load(SAELENS / f'topk-rescaled-{name}' / 'outputs.npz')
+    for name in ('checkpoint', 'unsaid')
+  )
+  np.testing.assert_array_equal(said['inputs'], unsaid['inputs'])
+  apart = np.abs(said['reconstruction'] - unsaid['reconstruction']).max()
+  assert apart > 0.1 * np.abs(said['reconstruction']).max()
+
+
+def test_the_committed_comparison_is_with_the_locked_saelens():
+  report = json.loads((ROOT / 'results/peers/sae-lens.json').read_text())
+  rows = (
+    *report['written_by_them_read_by_us'].values(),
+    *report['written_by_us_read_by_them'].values(),
+  )
+  worst = max(row['difference'] for row in rows)
+  assert report['largest_difference'] == worst <= report['bound'] == 1e-5
+  assert report['passed']
+  lock = (ROOT / 'locks/peers/sae-lens.txt').read_text().splitlines()
+  for name, version in report['theirs']['packages'].items():
+    assert f'{name}=={version.split("+")[0]}' in lock
 
 
 def test_the_scale_of_training_is_folded(tmp_path):
