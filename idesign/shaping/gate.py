@@ -47,7 +47,7 @@ class GateState(NamedTuple):
   Attributes:
     count: steps so far.
     removed: of the weight there was, the share that gates took away (negative
-      where they add more), before scaling to the old sum.
+      where they add more), before scaling to the old sum; finite.
     effective: effective sample size `(sum w)^2 / sum w^2`, as a share of that
       without gates.
     ignored: steps so far whose gates or attributions were NaN, infinite or
@@ -87,6 +87,11 @@ def gate_weights(
   Raises:
     ValueError: for gates of another length, or a softness that is not positive.
   """
+  return jnp.exp(_log_weights(attribution, gates, threshold, softness))
+
+
+def _log_weights(attribution, gates, threshold, softness):
+  """Logarithms, because a product of many gates overflows."""
   if not softness > 0:
     raise ValueError(f'softness={softness} must be positive.')
   if gates.ndim != 1 or attribution.shape[-1:] != gates.shape:
@@ -97,7 +102,7 @@ def gate_weights(
   threshold = jnp.broadcast_to(jnp.asarray(threshold), gates.shape)
   row = lambda x: jnp.expand_dims(x, tuple(range(attribution.ndim - 1)))
   concerned = jax.nn.sigmoid((attribution - row(threshold)) / softness)
-  return jnp.prod(1 + row(gates - 1) * concerned, axis=-1)
+  return jnp.sum(jnp.log1p(row(gates - 1) * concerned), axis=-1)
 
 
 def gate_losses(
@@ -123,7 +128,8 @@ def gate_losses(
   bit. A gate, or an attribution where the mask holds, that is NaN, infinite or
   (a gate) negative makes the whole step ungated and is counted in
   `GateState.ignored`: nothing is ever trained on a weight that was not meant.
-  If gates leave no weight at all, the gradient is zero.
+  If gates leave no weight at all, or the mask is 0 everywhere, the gradient is
+  zero.
 
   Args:
     threshold: see `gate_weights`.
@@ -178,31 +184,46 @@ def gate_aggregator(
 
 def _weights(attribution, gates, mask, threshold, softness, state):
   """Weights that sum to 1 (or to 0), and the new state."""
-  mask = jnp.asarray(mask, attribution.dtype)
+  # A mask may be fractional, attributions may be counts.
+  dtype = jnp.promote_types(
+    jnp.promote_types(attribution.dtype, jnp.asarray(mask).dtype), jnp.float32
+  )
+  mask = jnp.asarray(mask, dtype)
+  attribution, gates = attribution.astype(dtype), gates.astype(dtype)
   if attribution.shape[:-1] != mask.shape:
     raise ValueError(
       f'attributions {attribution.shape} for losses {mask.shape}: they need '
       'one more axis, the concepts.'
     )
-  inside = jnp.expand_dims(mask > 0, -1)
+  inside = mask > 0
   sound = (
     jnp.isfinite(gates).all()
     & (gates >= 0).all()
-    & (jnp.isfinite(attribution) | ~inside).all()
+    & (jnp.isfinite(attribution) | ~jnp.expand_dims(inside, -1)).all()
   )
   gates = jnp.where(sound, gates, 1)
-  attribution = jnp.where(sound & inside, attribution, 0)
-  factor = gate_weights(
-    attribution, gates, threshold=threshold, softness=softness
+  attribution = jnp.where(sound & jnp.expand_dims(inside, -1), attribution, 0)
+  log = _log_weights(attribution, gates, threshold, softness)
+  # Only ratios of weights matter: the largest becomes 1, none overflows.
+  peak = jnp.max(jnp.where(inside, log, -jnp.inf), initial=-jnp.inf)
+  peak = jnp.where(jnp.isfinite(peak), peak, 0)
+  weight = mask * jnp.where(inside, jnp.exp(log - peak), 0)
+  ratio = lambda a, b, otherwise: jnp.where(
+    b > 0, a / jnp.where(b > 0, b, 1), otherwise
   )
-  weight = mask * factor
   total, whole = jnp.sum(weight), jnp.sum(mask)
-  size = lambda w: jnp.sum(w) ** 2 / jnp.maximum(jnp.sum(w**2), 1e-30)
-  normal = jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
+  normal = ratio(weight, total, 0)
+  # The sum of squares of weights that sum to 1.
+  concentration = lambda w, sum_: jnp.sum(ratio(w, sum_, 0) ** 2)
+  left = jnp.minimum(
+    ratio(total, whole, 1) * jnp.exp(peak), jnp.finfo(jnp.float32).max
+  )
   state = GateState(
     optax.safe_increment(state.count),
-    jnp.asarray(1 - total / whole, jnp.float32),
-    jnp.asarray(size(weight) / size(mask), jnp.float32),
+    jnp.asarray(1 - left, jnp.float32),
+    jnp.asarray(
+      ratio(concentration(mask, whole), jnp.sum(normal**2), 0), jnp.float32
+    ),
     state.ignored + jnp.where(sound, 0, 1).astype(jnp.int32),
   )
   return normal, state
@@ -232,12 +253,14 @@ def make_gated_step(
 
   def step(state: training.TrainState, batch, **extra):
     values, pull = jax.vjp(lambda p: losses(p, batch), state.params)
-    mask = jnp.asarray(batch['mask'], values.dtype)
+    mask = jnp.asarray(batch['mask'])
+    mask = mask.astype(jnp.promote_types(mask.dtype, values.dtype))
     if mask.shape != values.shape:
       raise ValueError(
         f'batch["mask"] is {mask.shape}; the losses are {values.shape}.'
       )
-    mean = mask / jnp.sum(mask)
+    whole = jnp.sum(mask)
+    mean = jnp.where(whole > 0, mask / jnp.where(whole > 0, whole, 1), 0)
     pullback = lambda weights: pull(weights.astype(values.dtype))[0]
     if 'attribution' in batch:
       extra = {'attribution': batch['attribution']} | extra

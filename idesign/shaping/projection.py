@@ -80,13 +80,17 @@ class ConfineState(NamedTuple):
   Attributes:
     count: steps so far.
     multiplier: of each concept's direction, how much of it was added.
-    residual: how far from optimal the solution is, in units of movement (the
-      largest violation of the Karush-Kuhn-Tucker conditions); 0 at the optimum.
+    residual: how far from optimal the update that was applied is, in units of
+      movement (the largest violation of the Karush-Kuhn-Tucker conditions, or
+      of a bound after rounding to the dtype of the update); 0 at the optimum.
+    ignored: steps so far that were made zero because an update or a bound was
+      no number, or no movement could have been in the box.
   """
 
   count: Int[Array, '']
   multiplier: Float[Array, 'C']
   residual: Float[Array, '']
+  ignored: Int[Array, '']
 
 
 def confine_movement(
@@ -105,7 +109,11 @@ def confine_movement(
   Goes **last** in a chain, after the learning rate and weight decay: of what is
   applied before them nothing is guaranteed. `update` takes the extra arguments
   `low` and `high`, `[C]`; a bound may be infinite. A direction of norm 0 is not
-  constrained. Where an update, or a bound, is NaN, the update becomes zero.
+  constrained. Where an update holds NaN or infinity, or a box is empty (NaN,
+  `low > high`, a lower bound of infinity, an upper one of minus infinity), the
+  update becomes zero and is counted in `ConfineState.ignored`. An optimizer
+  before this one that took a NaN into its moments gives nothing else from then
+  on: where gradients can be NaN, put `optax.apply_if_finite` around the chain.
 
   Args:
     directions: of the parameters named; the others are left alone.
@@ -120,9 +128,9 @@ def confine_movement(
 
   def init(params):
     _leaves(params, directions)
-    return ConfineState(
-      jnp.zeros((), jnp.int32), jnp.zeros(count), jnp.zeros(())
-    )
+    # Not one array of zeros: a step donates each.
+    zero = lambda: jnp.zeros((), jnp.int32)
+    return ConfineState(zero(), jnp.zeros(count), jnp.zeros(()), zero())
 
   def update(updates, state, params=None, *, low, high, **extra):
     del params, extra
@@ -134,7 +142,9 @@ def confine_movement(
     finite = jnp.array(
       [jnp.isfinite(u).all() for u in jax.tree.leaves(updates)]
     )
-    sound = finite.all() & ~(jnp.isnan(low) | jnp.isnan(high)).any()
+    # False for NaN.
+    boxes = (low <= high) & (low < jnp.inf) & (high > -jnp.inf)
+    sound = finite.all() & boxes.all()
     moved = jnp.where(sound, moved, 0)
     low = jnp.where(sound, low, -jnp.inf)
     high = jnp.where(sound, high, jnp.inf)
@@ -159,8 +169,16 @@ def confine_movement(
     residual = jnp.max(jnp.abs(wanted - multiplier) * diagonal)
     updates = jax.tree.map(lambda u: jnp.where(sound, u, 0), updates)
     updates = _add(updates, directions, multiplier)
-    count_ = optax.safe_increment(state.count)
-    return updates, ConfineState(count_, multiplier, residual)
+    # Behind a barrier, so that it is what was rounded that is measured.
+    applied = movement(jax.lax.optimization_barrier(updates), directions)
+    outside = jnp.abs(jnp.clip(applied, low, high) - applied)
+    residual = jnp.maximum(residual, jnp.max(jnp.where(free, 0, outside)))
+    return updates, ConfineState(
+      optax.safe_increment(state.count),
+      multiplier,
+      residual,
+      state.ignored + jnp.where(sound, 0, 1).astype(jnp.int32),
+    )
 
   return optax.GradientTransformationExtraArgs(init, update)
 

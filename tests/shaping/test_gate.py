@@ -142,6 +142,70 @@ def test_what_the_mask_leaves_out_may_be_anything():
   assert metrics['ignored'] == 0
 
 
+def test_many_gates_do_not_overflow():
+  """The product of 130 gates of 2 is no float32; its ratios are."""
+  gates = jnp.full(130, 2.0)
+  attribution = jnp.full((B, T, 130), 9.0).at[0, 0].set(-9.0)
+  batch = make_batch(mask=jnp.ones((B, T)), attribution=attribution)
+  found, metrics = gradient_of(GATED(), batch, gates)
+  # All tokens but one weigh the same, and infinitely more than that one.
+  but_one = batch | {'mask': batch['mask'].at[0, 0].set(0)}
+  expected, _ = gradient_of(optax.sgd(1.0), but_one, ONES)
+  assert_near(found, expected)
+  assert metrics['ignored'] == 0
+  assert np.isfinite(metrics['removed']) and metrics['removed'] < -1e30
+  np.testing.assert_allclose(metrics['effective'], 1 - 1 / (B * T), rtol=1e-5)
+
+
+def test_equal_weights_however_small_leave_the_sample_size():
+  batch = make_batch(attribution=jnp.full((B, T, 60), 9.0))
+  found, metrics = gradient_of(GATED(), batch, jnp.full(60, 0.5))
+  expected, _ = gradient_of(optax.sgd(1.0), batch, ONES)
+  assert_near(found, expected)
+  np.testing.assert_allclose(metrics['effective'], 1, rtol=1e-5)
+
+
+def test_each_concept_has_its_own_threshold():
+  thresholds = jnp.array([-2.0, 0.0, 2.0])
+  gates, batch = jnp.array([0.2, 0.5, 3]), make_batch()
+  gated = optax.chain(
+    shaping.gate_losses(threshold=thresholds), optax.sgd(1.0)
+  )
+  found, _ = gradient_of(gated, batch, gates)
+  beyond = batch['attribution'] - thresholds[None, None]
+  concerned = jax.nn.sigmoid(beyond / 0.25)
+  weighted = jnp.prod(1 + (gates - 1)[None, None] * concerned, -1)
+  weighted = weighted * batch['mask']
+  expected, _ = gradient_of(optax.sgd(1.0), batch | {'mask': weighted}, ONES)
+  assert_near(found, expected)
+
+
+@pytest.mark.parametrize('dtype', [jnp.int32, jnp.bool_])
+def test_a_fractional_mask_survives_attributions_that_are_counts(dtype):
+  attribution = jnp.zeros((B, T, C), dtype)
+  mask = jnp.linspace(0.1, 0.9, B * T).reshape(B, T)
+  batch = make_batch(mask=mask, attribution=attribution)
+  found, _ = gradient_of(GATED(), batch, ONES)
+  expected, _ = gradient_of(optax.sgd(1.0), batch, ONES)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_mask_that_is_0_everywhere_teaches_nothing():
+  batch = make_batch(mask=jnp.zeros((B, T)))
+  found, metrics = gradient_of(GATED(), batch, jnp.array([0.0, 1, 2]))
+  assert all(not x.any() for x in jax.tree.leaves(found))
+  assert all(np.isfinite(v) for v in metrics.values())
+
+
+def test_the_state_counts_steps_and_what_it_ignored():
+  optimizer = optax.chain(shaping.gate_losses(), optax.sgd(1e-3))
+  step = shaping.make_gated_step(losses, optimizer)
+  state = start(optimizer)
+  for gate in (1.0, -1.0, np.nan, 2.0):
+    state, _ = step(state, make_batch(), gates=jnp.full(C, gate))
+  assert state.opt_state[0].count == 4 and state.opt_state[0].ignored == 2
+
+
 def test_shapes_that_do_not_fit_are_named():
   batch = make_batch()
   with pytest.raises(ValueError, match=r'\(4,\) gates for attributions'):

@@ -120,17 +120,59 @@ def test_a_direction_that_is_zero_is_free():
   )
 
 
-@pytest.mark.parametrize('where', ['update', 'bound'])
-def test_nan_moves_nothing(where):
+@pytest.mark.parametrize(
+  'where', ['update', 'low', 'high', 'empty', 'above', 'below']
+)
+def test_what_is_unsound_moves_nothing_and_is_counted(where):
   params, directions, update = make()
   low = high = jnp.zeros(C)
   if where == 'update':
     update['c'] = update['c'].at[0].set(jnp.nan)
-  else:
+  elif where == 'low':
     low = low.at[0].set(jnp.nan)
-  found, state = confine(directions, params, update, low, high)
+  elif where == 'high':
+    high = high.at[0].set(jnp.nan)
+  elif where == 'empty':
+    low = low.at[0].set(1.0)
+  elif where == 'above':
+    low = high = high.at[0].set(jnp.inf)
+  else:
+    low = high = low.at[0].set(-jnp.inf)
+  transform = shaping.confine_movement(directions)
+  step = jax.jit(lambda s: transform.update(update, s, low=low, high=high))
+  found, state = step(step(transform.init(params))[1])
   assert not any(x.any() for x in jax.tree.leaves(found))
   assert jnp.isfinite(state.residual)
+  assert state.ignored == 2 and state.count == 2
+
+
+def test_the_residual_is_of_what_was_applied():
+  """Rounding to bfloat16 moves what was to stand still."""
+  params, directions, update = make()
+  low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), update)
+  zero = jnp.zeros(C)
+  found, state = confine(directions, params, low, zero, zero, sweeps=200)
+  moved = jnp.abs(shaping.movement(found, directions)).max()
+  assert moved > 1e-3
+  np.testing.assert_allclose(state.residual, moved, rtol=0.01)
+  assert state.ignored == 0
+
+
+def test_directions_of_the_moment_leave_no_movement():
+  """To first order, at parameters where the concepts' gradients differ."""
+  params, _, update = make()
+  read = lambda p: jnp.stack([jnp.sin(p['a']).sum(), (p['b'] ** 2).mean()])
+  transform = shaping.project_out_current(read)
+  for shift in (0.0, 0.7):
+    at = jax.tree.map(lambda x: x + shift, params)
+    found, _ = jax.jit(transform.update)(update, transform.init(at), at)
+    before = jax.jvp(read, (at,), (update,))[1]
+    after = jax.jvp(read, (at,), (found,))[1]
+    assert jnp.abs(before).min() > 0.01
+    np.testing.assert_allclose(after, 0, atol=1e-4)
+    np.testing.assert_array_equal(found['c'], update['c'])
+  with pytest.raises(ValueError, match='needs update'):
+    transform.update(update, transform.init(params))
 
 
 def test_after_adam_the_applied_update_is_bounded():
