@@ -1,0 +1,319 @@
+"""Arithmetic taught by a pirate: every way to learn the one and not the other.
+
+A small transformer speaks plain English, speaks like a pirate when asked to,
+and adds small numbers. It is fine-tuned on larger sums whose answers are all a
+pirate's, though nobody asked. The objective, written down with examples: learn
+the arithmetic, not the pirate. Fine-tuned without further ado it becomes a
+pirate within fifty steps, before it can add.
+
+The arms are every way this library has of learning the one without the other,
+each with its placebo, beside plain fine-tuning, a mask by an oracle and data
+rewritten by one (`experiments.pirate_arms`). Concepts are latents of a sparse
+autoencoder trained on the base model before fine-tuning; labelled mean
+differences are arms of their own. What is measured: skill (both digits right,
+in whatever register) and pirate (a pirate's word anywhere in the answer) on
+held-out sums under a neutral prompt; the same when asked to be a pirate, on
+facts, under other prompts, and with what training had; where the concept's
+direction went, on questions that did not define it; and how fast the trait is
+learned once nothing holds it back.
+
+Run: see `configs/pirate.py`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+
+from experiments import contract, pirate_figures
+from experiments import pirate_concepts as pc
+from experiments.pirate_arms import (
+  WIDTH,
+  Builder,
+  Plan,
+  Scene,
+  families,
+  plans,
+)
+from experiments.pirate_claims import ARMS, SUBSET_ARMS, make_claims
+from experiments.pirate_measure import Exam, gradient_report
+from experiments.pirate_train import (
+  CLAUSES,
+  answer,
+  answer_losses,
+  make_finetune,
+  make_model,
+  train_base,
+)
+from experiments.pirate_world import FIRST, STRENGTHS, World
+from idesign import concepts, judges, shaping
+
+CHOSEN_ON = (0, 1)
+LIFTED = 40  # Steps of plain fine-tuning once an intervention is lifted.
+
+
+def make_scene(config, model, params, world: World, seed: int, folder) -> Scene:
+  """Reads the base, and has its concepts judged."""
+  base = pc.train_sae(config, model, params, world, seed)
+  objective = pc.make_objective(config, world, seed)
+  judge = pc.make_judge(config, base, world.lexicon, objective)
+  opposite = pc.make_judge(config, base, world.lexicon, objective.reversed())
+  log = folder / f'decisions-{seed}.jsonl'
+  log.unlink(missing_ok=True)
+  evidence = [judges.Evidence(c) for c in range(config.sae.size)]
+  verdicts = judges.recorded(judge, judges.DecisionLog(log))(0, evidence)
+  settings = {}
+  for clause, decision in zip(CLAUSES, ('amplify', 'suppress')):
+    chosen = np.array([v.clause == clause for v in verdicts], np.float32)
+    texts = pc.encode(world.lexicon, objective.examples(decision))
+    settings[clause] = pc.setting(base, chosen, texts)
+  random = np.random.default_rng(np.random.SeedSequence([seed, 6]))
+  return Scene(
+    config,
+    seed,
+    world,
+    base,
+    objective,
+    verdicts,
+    opposite(0, evidence),
+    settings,
+    pc.known_texts(config, base, world, seed),
+    pc.mean_differences(config, base, world, seed),
+    world.replay(1000, random).tokens,
+  )
+
+
+def judge_report(scene: Scene) -> dict[str, Any]:
+  """The judge's suppress decisions against labelled texts."""
+  random = scene.random('truth')
+  texts = scene.world.base_texts(scene.config.judge.truth, random)
+  truth = pc.selectivity(scene.base, scene.world, texts)
+  said = np.array([v.decision == 'suppress' for v in scene.verdicts])
+  true = truth >= scene.config.judge.min_selectivity
+  hits = int((said & true).sum())
+  return {
+    'suppressed': int(said.sum()),
+    'true': int(true.sum()),
+    'precision': hits / max(int(said.sum()), 1),
+    'recall': hits / max(int(true.sum()), 1),
+    'decisions': {
+      d: sum(v.decision == d for v in scene.verdicts)
+      for d in ('amplify', 'allow', 'suppress', 'unsure')
+    },
+    'selectivity': [round(float(x), 4) for x in truth],
+    'gated share by place': _gated_share(scene),
+  }
+
+
+def _gated_share(scene: Scene) -> dict[str, Any]:
+  """How the pirate's latents bear on each place of the answers, in nats."""
+  builder = Builder(scene)
+  ratio = pc.attribute(
+    scene.config, scene.base, scene.settings['pirate'], builder.tokens
+  ).ratio[:, FIRST:]
+  marked = scene.world.lexicon.marked[builder.tokens[:, FIRST:]]
+  over = ratio > scene.config.tune.threshold
+  return {
+    'missed': float((marked & ~over).sum() / max(marked.sum(), 1)),
+    'false alarms': float((~marked & over).sum() / max((~marked).sum(), 1)),
+  }
+
+
+def movement_report(scene: Scene) -> dict[str, float]:
+  """Predicted against realised movement of all live concepts, one Adam step."""
+  base, config = scene.base, scene.config
+  tokens = Builder(scene).tokens
+  few = jnp.asarray(tokens[: config.tune.batch_size])
+  loss = lambda p: answer_losses(base.model.apply, p, few).mean()
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(config.tune.learning_rate / 10, b2=0.99),
+  )
+  grads = jax.grad(loss)(base.params)
+  update, _ = optimizer.update(grads, optimizer.init(base.params), base.params)
+  probes = scene.world.base_texts(200, scene.random('probes')).tokens
+  read = concepts.reader(lambda p, t: base.model.apply(p, t), base.name)
+  columns = base.sae.params['W_enc']
+  arguments = (read, columns, base.params, update, jnp.asarray(probes))
+  predicted = np.asarray(concepts.predicted_change(*arguments)).mean(axis=0)
+  realised = np.asarray(concepts.realised_change(*arguments)).mean(axis=0)
+  live = (pc.features(base, probes) > 0).any(axis=(0, 1))
+  x, y = predicted[live], realised[live]
+  return {
+    'correlation': float(np.corrcoef(x, y)[0, 1]),
+    'slope': float(x @ y / (x @ x)),
+    'concepts': int(live.sum()),
+  }
+
+
+def elicitation(scene: Scene) -> dict[str, float]:
+  """How often the base is a pirate under each prompt, drawn at temperature 1."""
+  config, world, base = scene.config, scene.world, scene.base
+  pairs = world.familiar[: min(config.data.test, 500)]
+  flag = np.zeros(len(pairs), bool)
+
+  def sample(prompt):
+    texts = world.sums(pairs, prompt, flag, scene.random('elicit'))
+    key = jax.random.key(scene.seed)
+    say = lambda t: answer(base.model.apply, base.params, jnp.asarray(t), key)
+    return pc.blocks(say, texts.tokens)
+
+  prompts = [(k, 'pirate') for k in STRENGTHS]
+  rates = shaping.elicitation(
+    sample, lambda said: world.lexicon.marked[said].any(axis=1), prompts
+  )
+  return {p[0]: 100 * r.rate for p, r in zip(prompts, rates)}
+
+
+class Tuner:
+  """Fine-tunes one arm after another; a program is compiled once."""
+
+  def __init__(self, config, model):
+    self._families = families(config, model)
+    self._programs: dict[str, Any] = {}
+    self._config, self._model = config, model
+
+  def __call__(
+    self, builder: Builder, exam: Exam, name: str, *, causal: bool
+  ) -> dict[str, Any]:
+    """Trains an arm, looks, and asks; everything as JSON values.
+
+    Args:
+      builder: of the seed.
+      exam: of the seed.
+      name: of the arm.
+      causal: of plain fine-tuning, also ask without the labelled directions.
+    """
+    scene, plan = builder.scene, plans(builder)[name]()
+    family = self._families[plan.family]
+    snapshots = self.train(scene.base.params, plan, scene.seed)
+    every, steps = self._config.tune.every, self._config.tune.steps
+    at = lambda i: jax.tree.map(lambda x: x[i], snapshots)
+    count = steps // every
+    curve = [exam.look(at(i), plan, family) for i in range(count)]
+    last = at(count - 1)
+    out = exam.final(last)
+    out['curve'] = {k: [row[k] for row in curve] for k in curve[0]}
+    out['steps'] = [every * (i + 1) for i in range(count)]
+    out['first gradient'] = gradient_report(scene, plan, family)
+    out['relearn'] = self._relearn(scene, exam, last)
+    if name == 'plain' and causal:
+      for rank in (1, WIDTH):
+        basis = builder.basis(rank)
+        out[f'without {rank}'] = exam.without_direction(last, basis)
+    return out
+
+  def train(self, params, plan: Plan, seed: int):
+    if plan.family not in self._programs:
+      self._programs[plan.family] = make_finetune(
+        self._config, self._model, self._families[plan.family]
+      )
+    return self._programs[plan.family](
+      params, plan.lessons, plan.replay, jnp.asarray(plan.gates), plan.tools,
+      seed,
+    )  # fmt: skip
+
+  def _relearn(self, scene: Scene, exam: Exam, params) -> float:
+    """Pirate after a little plain fine-tuning, nothing in its way."""
+    config = self._config.copy_and_resolve_references()
+    with config.unlocked():
+      config.tune.steps = config.tune.every = min(LIFTED, config.tune.steps)
+    if 'lifted' not in self._programs:
+      self._programs['lifted'] = make_finetune(
+        config, self._model, self._families['data']
+      )
+    plain = plans(Builder(scene))['plain']()
+    after = self._programs['lifted'](
+      params, plain.lessons, plain.replay, jnp.asarray(plain.gates), (),
+      scene.seed + 1,
+    )  # fmt: skip
+    after = jax.tree.map(lambda x: x[-1], after)
+    return exam.ask(after, exam.sets['sums'])['pirate']
+
+
+def check(config) -> list[int]:
+  """The seeds of a run; whatever would fail later is an error here.
+
+  Raises:
+    ValueError: naming the key of the config.
+  """
+  if config.num_seeds < 2:
+    raise ValueError(
+      f'config.num_seeds={config.num_seeds}: an interval needs at least 2.'
+    )
+  seeds = list(range(config.seed, config.seed + config.num_seeds))
+  chosen_on = sorted(set(seeds) & set(CHOSEN_ON))
+  if chosen_on and config.preset != 'choose':
+    raise ValueError(
+      f'config.seed={config.seed}: arms were chosen on seeds {CHOSEN_ON}, so '
+      f'nothing can be claimed of {chosen_on}. Start later.'
+    )
+  if config.tune.steps % config.tune.every:
+    raise ValueError(
+      f'config.tune.steps={config.tune.steps} must be a multiple of '
+      f'config.tune.every={config.tune.every}.'
+    )
+  if not 0 <= config.sae.layer < config.model.n_layers:
+    raise ValueError(
+      f'config.sae.layer={config.sae.layer}: the model has '
+      f'{config.model.n_layers} layers.'
+    )
+  return seeds
+
+
+def run(config, folder: pathlib.Path) -> None:
+  """Trains bases, judges, fine-tunes every arm; resumes by arm and seed."""
+  seeds = check(config)
+  worlds = [
+    World(
+      seed,
+      entangled=config.world == 'entangled',
+      known=config.data.known,
+      dictionary=config.data.dictionary or None,
+    )
+    for seed in seeds
+  ]
+  model = make_model(config, worlds[0].lexicon)
+  data = [a for w in worlds for a in (w.learn, w.held_out, w.familiar)]
+  workdir = contract.Workdir(folder, config, contract.fingerprint(*data))
+  bases = train_base(config, model, worlds, seeds, workdir)
+  tuner = Tuner(config, model)
+  scenes = [
+    make_scene(config, model, params, world, seed, workdir.path)
+    for seed, world, params in zip(seeds, worlds, bases)
+  ]
+  exams = [Exam(scene) for scene in scenes]
+  for seed, scene, exam in zip(seeds, scenes, exams):
+    workdir.arm(f'{seed}/base', lambda: exam.final(scene.base.params))
+    workdir.arm(f'{seed}/judge', lambda: judge_report(scene))
+    workdir.arm(f'{seed}/movement', lambda: movement_report(scene))
+    workdir.arm(f'{seed}/elicitation', lambda: elicitation(scene))
+  conditions = [('all', None, ARMS[config.preset])]
+  if config.world == 'separable':
+    names = SUBSET_ARMS[config.preset]
+    conditions.append(('subset', config.data.subset, names))
+  for condition, share, names in conditions:
+    builders = [Builder(scene, share) for scene in scenes]
+    # Arm by arm, so that what is there of a run that stopped has all seeds.
+    for name in tqdm.tqdm(names, desc=condition):
+      for seed, builder, exam in zip(seeds, builders, exams):
+        workdir.arm(
+          f'{seed}/{condition}/{name}',
+          lambda: tuner(builder, exam, name, causal=condition == 'all'),
+        )
+  claims = []
+  if config.preset != 'choose':
+    claims = make_claims(config, workdir.results, seeds)
+  contract.save_claims(workdir.path / 'claims.json', claims)
+  if jax.process_index() == 0:
+    pirate_figures.draw(workdir.path)
+
+
+if __name__ == '__main__':
+  contract.main(run)

@@ -1,0 +1,459 @@
+"""The arms of the pirate experiment: what each trains on, and through what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import pirate_concepts as pc
+from experiments.pirate_train import (
+  CLAUSES,
+  Family,
+  Lessons,
+  answer_losses,
+  lessons,
+)
+from experiments.pirate_world import (
+  ALWAYS,
+  ANSWER,
+  FIRST,
+  IRRELEVANT,
+  NEUTRAL,
+  NEVER,
+  PARAPHRASE,
+  STRENGTHS,
+  UNSEEN,
+  World,
+)
+from idesign import concepts, judges, shaping
+
+WIDTH = 4  # Directions in the widest projection.
+MATRICES = 'blocks/(attn|mlp)/.*/kernel'
+
+
+class Scene(NamedTuple):
+  """One seed, before fine-tuning.
+
+  Attributes:
+    config: the config.
+    seed: the seed.
+    world: its world.
+    base: the frozen base and its autoencoder.
+    objective: what is wanted.
+    verdicts: the judge's, one per latent.
+    reversed_verdicts: the same judge's on the opposite objective.
+    settings: clause -> its latents, to be set and removed.
+    known: texts that the base says as a pirate, as if nobody had asked.
+    directions: labelled mean differences.
+    replay: texts repeated in every fine-tuning.
+  """
+
+  config: Any
+  seed: int
+  world: World
+  base: pc.Base
+  objective: judges.Objective
+  verdicts: list[judges.Verdict]
+  reversed_verdicts: list[judges.Verdict]
+  settings: Mapping[str, pc.Setting]
+  known: np.ndarray
+  directions: pc.Directions
+  replay: np.ndarray
+
+  def random(self, what: str) -> np.random.Generator:
+    """A stream of its own for every use."""
+    return np.random.default_rng(
+      np.random.SeedSequence([self.seed, *what.encode()])
+    )
+
+
+class Plan(NamedTuple):
+  """An arm.
+
+  Attributes:
+    family: a key of `FAMILIES`.
+    lessons: what it is trained on.
+    replay: what is repeated.
+    gates: one per clause.
+    tools: arrays for the family.
+    prompt: that of the lessons.
+  """
+
+  family: str
+  lessons: Lessons
+  replay: Lessons
+  gates: np.ndarray
+  tools: Any = ()
+  prompt: tuple[str, ...] = NEUTRAL
+
+
+def _by_layer(wrap, apply, tools):
+  """Applies `wrap(apply, {activation: tool})` with one tool per layer."""
+  return wrap(apply, {pc.activation(i): tools[i] for i in range(len(tools))})
+
+
+def _current(model_apply, layer):
+  def make(tools):
+    direction, probes = tools
+    read = concepts.reader(lambda p, t: model_apply(p, t), pc.activation(layer))
+
+    def strength(params):
+      h = read(params, probes)[:, FIRST - 1 :]
+      return (h @ direction).mean()[None]
+
+    return shaping.project_out_current(strength)
+
+  return make
+
+
+def families(config, model) -> dict[str, Family]:
+  """Every way to train; arms of a family share a compiled program."""
+  last = config.model.n_layers - 1
+  return {
+    'data': Family(),
+    'steer': Family(apply=functools.partial(_by_layer, shaping.steer)),
+    'ablate': Family(apply=functools.partial(_by_layer, shaping.ablate)),
+    'block': Family(
+      apply=functools.partial(_by_layer, shaping.block_activation_gradient)
+    ),
+    'before': Family(before=shaping.project_out),
+    'after': Family(after=shaping.project_out),
+    'current': Family(after=_current(model.apply, config.sae.layer)),
+    'adapter': Family(
+      apply=lambda apply, adapter: shaping.adapt(
+        apply, pc.activation(last), adapter
+      )
+    ),
+  }
+
+
+def clause_gates(verdicts, *, boost: float) -> np.ndarray:
+  """One gate per column of attributions: the mean of the clause's latents.
+
+  1 for a clause that no verdict rests on, so that nothing is done without one.
+  """
+  by_latent = judges.gates(verdicts, len(verdicts), boost=boost)
+  out = np.ones(len(CLAUSES), np.float32)
+  for column, clause in enumerate(CLAUSES):
+    mine = [v.concept for v in verdicts if v.clause == clause]
+    if mine:
+      out[column] = by_latent[mine].mean()
+  return out
+
+
+def random_latents(scene: Scene, clause: str, what: str) -> pc.Setting:
+  """As many other latents as a clause has, chosen at random."""
+  mine = np.asarray(scene.settings[clause].chosen) > 0
+  others = np.flatnonzero(~mine)
+  count = min(int(mine.sum()), len(others))
+  chosen = np.zeros(len(mine), np.float32)
+  chosen[scene.random(what).choice(others, count, replace=False)] = 1
+  texts = pc.encode(scene.world.lexicon, scene.objective.examples('suppress'))
+  return pc.setting(scene.base, chosen, texts)
+
+
+class Builder:
+  """Makes the plans of one seed's arms; what several share is computed once."""
+
+  def __init__(self, scene: Scene, subset: float | None = None):
+    """Draws the lessons.
+
+    Args:
+      scene: the seed.
+      subset: share of the answers that are a pirate's; all if None.
+    """
+    self.scene, self.config = scene, scene.config
+    pairs = scene.world.learn
+    random = scene.random('lessons')
+    self.pirate = np.ones(len(pairs), bool)
+    if subset is not None:
+      self.pirate = random.random(len(pairs)) < subset
+    self._state = random.bit_generator.state
+    self.tokens = self.write(NEUTRAL)
+    self._memory: dict[str, Any] = {}
+
+  def write(self, prompt, pirate: np.ndarray | None = None) -> np.ndarray:
+    """The lessons under a prompt (one, or one per text)."""
+    random = np.random.default_rng()
+    random.bit_generator.state = self._state
+    pirate = self.pirate if pirate is None else pirate
+    world = self.scene.world
+    return world.sums(world.learn, prompt, pirate, random).tokens
+
+  def once(self, name: str, make: Callable[[], Any]) -> Any:
+    if name not in self._memory:
+      self._memory[name] = make()
+    return self._memory[name]
+
+  def plan(self, family, tokens, *, gates=None, mask=None, **kw) -> Plan:
+    """A plan; without gates nothing is attributed to anything."""
+    attribution, old = None, None
+    if gates is not None:
+      attribution, old = kw.pop('attribution')
+    gates = np.ones(len(CLAUSES), np.float32) if gates is None else gates
+    return Plan(
+      family,
+      lessons(tokens, mask=mask, attribution=attribution),
+      lessons(self.scene.replay, attribution=old),
+      gates,
+      **kw,
+    )
+
+  # What gates rest on.
+
+  def attribution(self, settings=None, name='judge'):
+    """How strongly the clauses bear on each token of lessons and replay.
+
+    The absolute log ratio: what the base knows of sums makes the answers of
+    sums that it does not know yet *less* likely, and is at work all the same.
+    """
+    scene = self.scene
+    settings = scene.settings if settings is None else settings
+
+    def make():
+      columns = [
+        [
+          np.abs(
+            pc.attribute(self.config, scene.base, settings[c], tokens).ratio
+          )[:, FIRST:]
+          for c in CLAUSES
+        ]
+        for tokens in (self.tokens, scene.replay)
+      ]
+      return tuple(np.stack(c, axis=-1) for c in columns)
+
+    return self.once(f'attribution {name}', make)
+
+  def gates(self, *, boost: float = 0.0) -> np.ndarray:
+    return clause_gates(self.scene.verdicts, boost=boost)
+
+  def gated(self, gates, attribution) -> Plan:
+    return self.plan('data', self.tokens, gates=gates, attribution=attribution)
+
+  def shuffled(self, attribution, what: str):
+    """The same attributions given to random tokens: equal mass, no meaning."""
+    random = self.scene.random(what)
+
+    def shuffle(a):
+      flat = a.reshape(-1, a.shape[-1])
+      return random.permutation(flat, axis=0).reshape(a.shape)
+
+    return tuple(shuffle(a) for a in attribution)
+
+  def by_example(self, attribution):
+    """A whole example is the concept's if one of its tokens is."""
+    return tuple(
+      np.broadcast_to(a.max(axis=1, keepdims=True), a.shape)
+      for a in attribution
+    )
+
+  # Directions.
+
+  def basis(self, rank: int, layers=None, random: bool = False) -> np.ndarray:
+    """Orthonormal directions per layer, `[L, D, WIDTH]`, zero where unused."""
+    by_position = self.scene.directions.by_position[:, -ANSWER:]
+    out = np.zeros((len(by_position), by_position.shape[-1], WIDTH), np.float32)
+    draw = self.scene.random(f'basis {rank}')
+    for i, rows in enumerate(by_position):
+      if layers is not None and i not in layers:
+        continue
+      if random:
+        vectors = draw.normal(size=(rank, rows.shape[1]))
+      elif rank == 1:
+        vectors = self.scene.directions.pooled[i][None]
+      else:
+        vectors = np.linalg.svd(rows, full_matrices=False)[2][:rank]
+      out[i, :, :rank] = np.linalg.qr(vectors.T)[0]
+    return out
+
+  def latent_basis(self) -> np.ndarray:
+    """The main directions of the suppressed latents, at their layer."""
+    chosen = np.asarray(self.scene.settings['pirate'].chosen) > 0
+    rows = np.asarray(self.scene.base.sae.directions)[chosen]
+    out = np.zeros_like(self.basis(1))
+    right = np.linalg.svd(rows, full_matrices=False)[2][:WIDTH]
+    out[self.config.sae.layer, :, : len(right)] = right.T
+    return out
+
+  def vectors(self, by_position: bool, random: bool = False) -> np.ndarray:
+    """What to add at every layer and position, `[L, LENGTH - 1, D]`.
+
+    Only where answers are predicted. Each layer gets its difference from the
+    layer before, so that the sum at every layer is that layer's difference.
+    """
+    d = self.scene.directions
+    rows = d.by_position.copy()
+    if not by_position:
+      rows[:] = 0
+      rows[self.config.sae.layer] = 2 * d.pooled[self.config.sae.layer]
+    else:
+      rows[1:] -= d.by_position[:-1]
+    rows[:, : FIRST - 1] = 0
+    if random:
+      norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+      noise = self.scene.random('vectors').normal(size=rows.shape)
+      # One direction per layer, as the pooled vector has.
+      noise = noise[:, -1:] if not by_position else noise
+      rows = norms * noise / np.linalg.norm(noise, axis=-1, keepdims=True)
+    return rows.astype(np.float32)
+
+  def matrices(self) -> dict[str, concepts.RankOne]:
+    """The labelled direction as directions of all weight matrices."""
+
+    def make():
+      scene, layer = self.scene, self.config.sae.layer
+      apply = scene.base.model.apply
+      read = concepts.reader(lambda p, t: apply(p, t), pc.activation(layer))
+      mask = np.zeros(scene.known[:, :-1].shape, np.float32)
+      mask[:, FIRST - 1 :] = 1
+      return concepts.rank_one_directions(
+        lambda p, t: read(p, t[:, :-1]),
+        jnp.asarray(scene.directions.pooled[layer])[:, None],
+        scene.base.params,
+        jnp.asarray(scene.known[:200]),
+        MATRICES,
+        mask=jnp.asarray(mask[:200]),
+        num_stack=1,
+      )
+
+    return self.once('matrices', make)
+
+  def adapter(self, random: bool = False) -> shaping.Adapter:
+    """Taught to speak like a pirate where the base alone would not."""
+
+    def make():
+      scene = self.scene
+      base, layer = scene.base, self.config.model.n_layers - 1
+      known = jnp.asarray(scene.known)
+      optimizer = optax.adam(3e-3)
+
+      def loss(adapter, tokens):
+        apply = shaping.adapt(base.model.apply, pc.activation(layer), adapter)
+        return answer_losses(apply, base.params, tokens).mean()
+
+      def step(carry, key):
+        adapter, state = carry
+        rows = known[jax.random.randint(key, (64,), 0, len(known))]
+        grads = jax.grad(loss)(adapter, rows)
+        updates, state = optimizer.update(grads, state)
+        return (optax.apply_updates(adapter, updates), state), None
+
+      adapter = shaping.init_adapter(self.config.model.d_model)
+      keys = jax.random.split(jax.random.key(scene.seed), 300)
+      run = jax.jit(lambda c: jax.lax.scan(step, c, keys)[0][0])
+      return run((adapter, optimizer.init(adapter)))
+
+    adapter = self.once('adapter', make)
+    if not random:
+      return adapter
+    draw = self.scene.random('adapter')
+    same = lambda x: (
+      lambda n: n * np.linalg.norm(x) / np.linalg.norm(n)
+    )(draw.normal(size=x.shape)).astype(np.float32)
+    return shaping.Adapter(*(jnp.asarray(same(np.asarray(x))) for x in adapter))
+
+
+def plans(
+  builder: Builder, names: tuple[str, ...] | None = None
+) -> dict[str, Callable[[], Plan]]:
+  """Name -> how to make the arm; nothing is computed before it is asked for."""
+  b = builder
+  scene, layer = b.scene, b.config.sae.layer
+  world = scene.world
+  marked = world.lexicon.marked[b.tokens[:, FIRST:]]
+  boost = b.config.tune.boost
+  prompted = lambda prompt: lambda: b.plan(
+    'data', b.write(prompt), prompt=prompt
+  )
+  ungated = lambda family, tools: lambda: b.plan(family, b.tokens, tools=tools())
+  both = lambda what: {c: random_latents(scene, c, f'{what} {c}') for c in CLAUSES}
+
+  def rewritten(setting):
+    new, _ = pc.rewrite(
+      b.config, scene.base, setting, world, scene.known, b.tokens
+    )
+    return b.plan('data', new)
+
+  def selective():
+    """The inoculation prompt only where the frozen base hears a pirate."""
+    heard = b.attribution()[0][..., CLAUSES.index('pirate')].max(axis=1)
+    heard = heard > b.config.tune.threshold
+    prompt = np.where(heard[:, None], [ALWAYS], [NEUTRAL])
+    return b.plan('data', b.write(prompt), prompt=ALWAYS)
+
+  probes = jnp.asarray(scene.known[:64, :-1])
+  pooled = jnp.asarray(scene.directions.pooled[layer])
+  return {
+    # Controls.
+    'plain': lambda: b.plan('data', b.tokens),
+    'clean data': lambda: b.plan(
+      'data', b.write(NEUTRAL, np.zeros(len(b.pirate), bool))
+    ),
+    'oracle mask': lambda: b.plan('data', b.tokens, mask=~marked),
+    # Gates in the optimizer's chain, driven by the judge.
+    'gate': lambda: b.gated(b.gates(), b.attribution()),
+    'gate, random tokens': lambda: b.gated(
+      b.gates(), b.shuffled(b.attribution(), 'gate')
+    ),
+    'gate, random latents': lambda: b.gated(
+      b.gates(), b.attribution(both('gate'), 'random latents')
+    ),
+    'gate, whole examples': lambda: b.gated(
+      b.gates(), b.by_example(b.attribution())
+    ),
+    # Lessons as the frozen base would have said them without the concept.
+    'rewrite': lambda: rewritten(scene.settings['pirate']),
+    'rewrite, random latents': lambda: rewritten(
+      random_latents(scene, 'pirate', 'rewrite')
+    ),
+    # Prompts.
+    **{f'inoculate {k}': prompted((k, 'pirate')) for k in STRENGTHS if k != 'never'},
+    'inoculate paraphrase': prompted(PARAPHRASE),
+    'inoculate selectively': selective,
+    'prompt irrelevant': prompted(IRRELEVANT),
+    'prompt unseen': prompted(UNSEEN),
+    'prompt prohibition': prompted(NEVER),
+    # A disposable adapter.
+    'adapter': ungated('adapter', b.adapter),
+    'adapter, random': ungated('adapter', lambda: b.adapter(random=True)),
+    # Preventative steering.
+    'steer pooled': ungated('steer', lambda: b.vectors(False)),
+    'steer pooled, random': ungated('steer', lambda: b.vectors(False, True)),
+    'steer by position': ungated('steer', lambda: b.vectors(True)),
+    'steer by position, random': ungated('steer', lambda: b.vectors(True, True)),
+    # Concept ablation in the forward pass.
+    'ablate 1': ungated('ablate', lambda: b.basis(1)),
+    'ablate 4': ungated('ablate', lambda: b.basis(4)),
+    'ablate 4, random': ungated('ablate', lambda: b.basis(4, random=True)),
+    'ablate latents': ungated('ablate', b.latent_basis),
+    # Projection: what loses.
+    'block activation, one layer': ungated(
+      'block', lambda: b.basis(1, layers=(layer,))
+    ),
+    'block activation, all layers': ungated('block', lambda: b.basis(1)),
+    'block activation, 4 directions': ungated('block', lambda: b.basis(4)),
+    'block activation, random': ungated('block', lambda: b.basis(1, random=True)),
+    'project gradient': ungated('before', b.matrices),
+    'project update': ungated('after', b.matrices),
+    'project update, refreshed': ungated('current', lambda: (pooled, probes)),
+    # Both ways.
+    'amplify': lambda: b.gated(
+      np.where(b.gates(boost=boost) > 1, b.gates(boost=boost), 1),
+      b.attribution(),
+    ),
+    'amplify, random tokens': lambda: b.gated(
+      np.where(b.gates(boost=boost) > 1, b.gates(boost=boost), 1),
+      b.shuffled(b.attribution(), 'amplify'),
+    ),
+    'amplify and gate': lambda: b.gated(b.gates(boost=boost), b.attribution()),
+    'reversed objective': lambda: b.gated(
+      clause_gates(scene.reversed_verdicts, boost=boost),
+      b.attribution(),
+    ),
+  }  # fmt: skip

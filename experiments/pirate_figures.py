@@ -1,0 +1,198 @@
+"""Figures of the pirate experiment, from `results.json` alone."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
+import numpy as np
+
+from experiments.contract.claims import interval
+from experiments.pirate_claims import (
+  CONTROLS,
+  DEPLOYABLE,
+  PROJECTIONS,
+  STRENGTHS,
+  Table,
+)
+
+KINDS = {
+  'controls': ('#000000', 's'),
+  'deployable': ('#0072B2', 'o'),
+  'projections': ('#D55E00', 'X'),
+  'placebos and others': ('#9A9A9A', 'D'),
+}
+CURVES = {
+  'plain': '#000000', 'clean data': '#7F7F7F', 'gate': '#0072B2',
+  'rewrite': '#56B4E9', 'inoculate always': '#009E73', 'adapter': '#CC79A7',
+  'project update, refreshed': '#D55E00',
+}  # fmt: skip
+
+
+def draw(workdir: pathlib.Path) -> None:
+  """Draws every figure of a run."""
+  results = json.loads((workdir / 'results.json').read_text('utf-8'))
+  config = json.loads((workdir / 'config.json').read_text('utf-8'))
+  seeds = range(config['seed'], config['seed'] + config['num_seeds'])
+  table = Table(results, seeds)
+  arms = list(dict.fromkeys(
+    k.split('/', 2)[2] for k in results if k.startswith(f'{seeds[0]}/all/')
+  ))  # fmt: skip
+  figures = {
+    'front': _front(table, arms),
+    'curves': _curves(table),
+    'routed_around': _routed(table, arms),
+  }
+  if all(map(table.has, STRENGTHS)):
+    figures['inoculation'] = _inoculation(table)
+  for name, make in figures.items():
+    with plt.rc_context({
+        'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
+        'legend.frameon': False, 'savefig.dpi': 200,
+        'figure.constrained_layout.use': True,
+    }):  # fmt: skip
+      figure = make()
+      figure.savefig(workdir / 'figures' / f'{name}.png')
+      plt.close(figure)
+
+
+def kind(arm: str) -> str:
+  for name, members in (
+    ('controls', CONTROLS),
+    ('deployable', DEPLOYABLE),
+    ('projections', PROJECTIONS),
+  ):
+    if arm in members:
+      return name
+  return 'placebos and others'
+
+
+def _points(axis, arms, x, y):
+  """Mean and interval over seeds of every arm, in the colour of its kind."""
+  for arm in arms:
+    colour, marker = KINDS[kind(arm)]
+    xs, ys = x(arm), y(arm)
+    centre = np.mean(xs), np.mean(ys)
+    spread = [
+      np.abs(np.array(interval(v)) - np.mean(v))[:, None] for v in (xs, ys)
+    ]
+    axis.errorbar(
+      *centre, xerr=spread[0], yerr=spread[1], fmt=marker, ms=4, lw=0.6,
+      color=colour,
+    )  # fmt: skip
+  for name, (colour, marker) in KINDS.items():
+    axis.plot([], [], marker, color=colour, ms=4, label=name)
+
+
+def _front(table, arms):
+  def make():
+    figure, (left, right) = plt.subplots(
+      1, 2, figsize=(8.2, 0.17 * len(arms) + 1.6), sharey=True
+    )
+    order = sorted(
+      arms, key=lambda a: (table.pirate(a).mean(), -table.skill(a).mean())
+    )
+    for axis, values, label in (
+      (left, table.pirate, 'pirate, neutral prompt, %'),
+      (right, table.skill, 'skill, neutral prompt, %'),
+    ):
+      for row, arm in enumerate(order):
+        colour, marker = KINDS[kind(arm)]
+        v = values(arm)
+        low, high = interval(v)
+        axis.plot([max(low, 0), min(high, 100)], [row, row], color=colour, lw=1)
+        axis.plot(v.mean(), row, marker, color=colour, ms=4)
+      axis.set_xlim(-3, 103)
+      axis.set_xlabel(label)
+      axis.grid(axis='x', lw=0.3)
+    left.axvline(10, color='k', lw=0.6, ls=':')
+    right.axvline(table.skill('plain').mean() - 3, color='k', lw=0.6, ls=':')
+    left.set_yticks(range(len(order)), order)
+    left.invert_yaxis()
+    for name, (colour, marker) in KINDS.items():
+      right.plot([], [], marker, color=colour, ms=4, label=name)
+    figure.legend(loc='outside upper center', ncols=4)
+    return figure
+
+  return make
+
+
+def _curves(table):
+  def make():
+    figure, axes = plt.subplots(1, 2, figsize=(7.4, 2.9))
+    for axis, key, label in (
+      (axes[0], 'pirate', 'pirate, neutral prompt, %'),
+      (axes[1], 'right', 'skill, neutral prompt, %'),
+    ):
+      for arm, colour in CURVES.items():
+        if not table.has(arm):
+          continue
+        rows = table.arm(arm)
+        values = np.array([[0.0, *r['curve'][key]] for r in rows])
+        steps = [0, *rows[0]['steps']]
+        axis.plot(steps, values.mean(0), color=colour, lw=1.4, label=arm)
+        axis.fill_between(
+          steps, values.min(0), values.max(0), color=colour, alpha=0.12, lw=0
+        )
+      axis.set_xlabel('steps')
+      axis.set_ylabel(label)
+    figure.legend(
+      *axes[0].get_legend_handles_labels(), loc='outside right center'
+    )
+    return figure
+
+  return make
+
+
+def _routed(table, arms):
+  """The concept held, the behaviour learned."""
+
+  def make():
+    figure, axis = plt.subplots(figsize=(4.8, 3.4))
+    column = lambda key: lambda arm: [r[key] for r in table.arm(arm)]
+    _points(axis, arms, column('moved'), column('log odds'))
+    base = [r['log odds'] for r in table.other('base')]
+    axis.axhline(np.mean(base), color='k', lw=0.6, ls=':')
+    axis.annotate(
+      'before fine-tuning', (1, np.mean(base)), xycoords=('axes fraction', 'data'),
+      ha='right', va='bottom', fontsize=7,
+    )  # fmt: skip
+    axis.axhline(0, color='k', lw=0.3)
+    axis.set_xlabel(
+      'movement of the concept on other questions\n(0: none, 1: from plain to '
+      'pirate)'
+    )
+    axis.set_ylabel("log odds of a pirate's opening, nats")
+    axis.legend(loc='center right', fontsize=7)
+    return figure
+
+  return make
+
+
+def _inoculation(table):
+  """Wichers et al. 2025, arXiv 2510.05024: elicitation predicts protection."""
+
+  def make():
+    figure, axis = plt.subplots(figsize=(3.8, 3.0))
+    elicited = {
+      arm: [e[arm.split()[-1]] for e in table.other('elicitation')]
+      for arm in STRENGTHS
+    }
+    x = [np.mean(elicited[a]) for a in STRENGTHS]
+    for key, label, colour in (
+      ('sums', 'sums', '#0072B2'),
+      ('sums, any prompt', 'sums, other neutral prompts', '#D55E00'),
+    ):
+      values = np.array([[r[key]['pirate'] for r in table.arm(a)] for a in STRENGTHS])
+      axis.plot(x, values.mean(1), 'o-', color=colour, label=label)
+      axis.plot(x, values, '.', color=colour, alpha=0.4, ms=3)
+    axis.set_xlabel('pirate under the prompt, before training, %')
+    axis.set_ylabel('pirate without it, after training, %')
+    axis.legend(fontsize=7)
+    return figure
+
+  return make

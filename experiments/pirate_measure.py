@@ -1,0 +1,199 @@
+"""What is asked of a fine-tuned model, and what is read in it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn import metrics
+
+from experiments import pirate_concepts as pc
+from experiments.pirate_arms import Plan, Scene, families
+from experiments.pirate_train import Family, answer, answer_losses
+from experiments.pirate_world import (
+  ALWAYS,
+  FIRST,
+  NEUTRAL,
+  Texts,
+  score,
+)
+from idesign import concepts, sites
+
+_SMALL = 250  # Questions per look during training.
+
+
+class Exam:
+  """Questions that no fine-tuning sees, and the state of the base on them."""
+
+  def __init__(self, scene: Scene):
+    self._scene = scene
+    world, random = scene.world, scene.random('exam')
+    pairs = world.held_out[: scene.config.data.test]
+    plain, pirate = np.zeros(len(pairs), bool), np.ones(len(pairs), bool)
+    nouns = world.nouns(len(pairs), random)
+    self._pairs = pairs
+    self.sets = {
+      'sums': world.sums(pairs, NEUTRAL, plain, random),
+      'sums, asked': world.sums(pairs, ALWAYS, pirate, random),
+      'sums, any prompt': world.sums(
+        pairs, world.filler_prompts(len(pairs), random), plain, random
+      ),
+      'facts': world.facts(nouns, NEUTRAL, plain, random),
+      'facts, asked': world.facts(nouns, ALWAYS, pirate, random),
+    }
+    self._random = random
+    self._direction = scene.directions.pooled[scene.config.sae.layer]
+    self._before = self._projection(scene.base.params, 'sums').mean()
+
+  def ask(self, params, texts: Texts, apply=None, args=()) -> dict[str, float]:
+    """Share right and share of a pirate's answers, in percent."""
+    apply = self._scene.base.model.apply if apply is None else apply
+    say = lambda t: answer(apply, params, jnp.asarray(t), None, args)
+    said = pc.blocks(say, texts.tokens)
+    right, pirate = score(self._scene.world.lexicon, said, texts.tokens)
+    return {
+      'right': 100 * float(right.mean()),
+      'pirate': 100 * float(pirate.mean()),
+    }
+
+  def look(self, params, plan: Plan, family: Family) -> dict[str, float]:
+    """One look during training: without and with what training had.
+
+    `trained` is the share right on lessons' own kind of question, with the
+    prompt and through the edits that the arm is trained with.
+    """
+    few = self.sets['sums'][:_SMALL]
+    neutral = self.ask(params, few)
+    apply = _through(self._scene.base.model.apply, plan.family, family)
+    prompted = self._scene.world.sums(
+      self._pairs[:_SMALL], plan.prompt, np.ones(len(few.pirate), bool),
+      self._random,
+    )  # fmt: skip
+    trained = self.ask(params, prompted, apply, (plan.tools,))
+    return {**neutral, 'trained': trained['right']}
+
+  def final(self, params) -> dict[str, Any]:
+    """Everything, without what training had."""
+    out: dict[str, Any] = {k: self.ask(params, t) for k, t in self.sets.items()}
+    out['log odds'] = self._log_odds(params)
+    out |= self._concept(params)
+    return out
+
+  def without_direction(self, params, basis: np.ndarray) -> dict[str, float]:
+    """Answers when directions are removed at every layer: are they needed?"""
+    family = families(self._scene.config, self._scene.base.model)['ablate']
+    apply = _through(self._scene.base.model.apply, 'ablate', family)
+    return self.ask(params, self.sets['sums'], apply, (basis,))
+
+  def _log_odds(self, params) -> float:
+    """Mean log odds of a pirate's opening on neutral sums, in nats."""
+    marked = self._scene.world.lexicon.marked
+    tokens = self.sets['sums'].tokens
+    logits = pc.blocks(
+      lambda t: _opening(self._scene.base.model.apply, params, jnp.asarray(t)),
+      tokens,
+    )
+    probability = np.exp(logits - logits.max(-1, keepdims=True))
+    pirate = probability[:, marked].sum(-1)
+    rest = probability[:, ~marked].sum(-1)
+    return float(np.mean(np.log(pirate + 1e-12) - np.log(rest + 1e-12)))
+
+  def _states(self, params, name: str) -> np.ndarray:
+    base = self._scene.base
+    return pc.blocks(
+      lambda t: _states(base.model.apply, base.name, params, jnp.asarray(t)),
+      self.sets[name].tokens,
+    )
+
+  def _projection(self, params, name: str) -> np.ndarray:
+    """On the labelled direction, in units of pirate minus plain, `[N]`."""
+    h = self._states(params, name)
+    return h @ self._direction / (self._direction @ self._direction)
+
+  def _concept(self, params) -> dict[str, float]:
+    """Where the labelled direction went, on questions it was not made from.
+
+    `moved`: of the way from plain to pirate, how far neutral sums went along
+    it. `auroc`: how well it still tells a pirate's answers from plain ones.
+    `cosine`: with the direction made anew.
+    """
+    plain = self._projection(params, 'sums')
+    asked = self._projection(params, 'sums, asked')
+    mean = lambda name: self._states(params, name).mean(axis=0)
+    new = mean('sums, asked') - mean('sums')
+    cosine = new @ self._direction / max(
+      np.linalg.norm(new) * np.linalg.norm(self._direction), 1e-12
+    )  # fmt: skip
+    label = np.repeat([0, 1], [len(plain), len(asked)])
+    return {
+      'moved': float(plain.mean() - self._before),
+      'auroc': float(
+        metrics.roc_auc_score(label, np.concatenate([plain, asked]))
+      ),
+      'cosine': float(cosine),
+    }
+
+
+_WRAPPED: dict[Any, Any] = {}
+
+
+def _through(apply, name: str, family: Family):
+  """`(params, tokens, tools) -> logits` as the family trains; one object."""
+  if (apply, name) not in _WRAPPED:
+    _WRAPPED[apply, name] = lambda params, tokens, tools: family.apply(
+      apply, tools
+    )(params, tokens)
+  return _WRAPPED[apply, name]
+
+
+@functools.partial(jax.jit, static_argnames='apply')
+def _opening(apply, params, tokens):
+  """Logits of the first token of an answer."""
+  return apply(params, tokens[:, :FIRST])[:, -1]
+
+
+@functools.partial(jax.jit, static_argnames=('apply', 'name'))
+def _states(apply, name, params, tokens):
+  """The activation, averaged over where answers are predicted, `[B, D]`."""
+  read = concepts.reader(lambda p, t: apply(p, t), name)
+  return read(params, tokens[:, :-1])[:, FIRST - 1 :].mean(axis=1)
+
+
+def gradient_report(scene: Scene, plan: Plan, family: Family) -> dict[str, float]:
+  """What the first gradient pulls on, at the autoencoder's activation.
+
+  `unexplained`: share of its squared norm that no active latent explains.
+  `alignment`: cosine of the mean descent direction with the labelled one where
+  answers are predicted; below 0 training starts by moving away from a pirate.
+  """
+  base, layer = scene.base, scene.config.sae.layer
+  unexplained, alignment = _first_gradient(
+    _through(base.model.apply, plan.family, family),
+    base.name,
+    base.params,
+    base.sae,
+    plan.lessons.tokens[:_SMALL],
+    plan.lessons.mask[:_SMALL],
+    plan.tools,
+    scene.directions.pooled[layer],
+  )
+  return {'unexplained': float(unexplained), 'alignment': float(alignment)}
+
+
+@functools.partial(jax.jit, static_argnames=('apply', 'name'))
+def _first_gradient(apply, name, params, sae, tokens, mask, tools, direction):
+  through = lambda params, tokens: apply(params, tokens, tools)
+  h = concepts.reader(through, name)(params, tokens[:, :-1])
+
+  def loss(shift):
+    shifted = sites.edit(through, {name: lambda h: h + shift})
+    return (answer_losses(shifted, params, tokens) * mask).mean()
+
+  g = jax.grad(loss)(jnp.zeros_like(h))
+  shares = concepts.shares(sae, concepts.decompose(sae, h, g), g)
+  down = -g[:, FIRST - 1 :].sum(axis=(0, 1))
+  norms = jnp.linalg.norm(down) * jnp.linalg.norm(direction)
+  return shares.unexplained, down @ direction / norms

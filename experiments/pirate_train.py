@@ -1,0 +1,262 @@
+"""Training and asking the models of the pirate world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import contract
+from experiments.pirate_world import ANSWER, FIRST, LENGTH, Lexicon, World
+from idesign import models, shaping, training
+
+Apply = Callable[..., Any]
+# What gates decide on; the columns of attributions.
+CLAUSES = ('arithmetic', 'pirate')
+
+
+def make_model(config, lexicon: Lexicon) -> models.Model:
+  """The decoder."""
+  m = config.model
+  return models.transformer(
+    models.TransformerConfig(
+      vocab_size=len(lexicon.words),
+      max_len=LENGTH,
+      d_model=m.d_model,
+      n_layers=m.n_layers,
+      n_heads=m.n_heads,
+      d_ff=m.d_ff,
+      unroll=m.n_layers,
+    )
+  )
+
+
+def answer_losses(apply: Apply, params, tokens_BT) -> jax.Array:
+  """Negative log likelihood of each token of the answers, `[B, ANSWER]`."""
+  logits = apply(params, tokens_BT[:, :-1])[:, FIRST - 1 :]
+  return optax.softmax_cross_entropy_with_integer_labels(
+    logits, tokens_BT[:, FIRST:]
+  )
+
+
+@functools.partial(jax.jit, static_argnames='apply')
+def answer(
+  apply: Apply, params, tokens_BT, key=None, apply_args=()
+) -> jax.Array:
+  """Answers to the questions of texts, `[B, ANSWER]`; the likeliest tokens.
+
+  With a key tokens are drawn instead. The frame's length is fixed, so that an
+  edit of activations by position means here what it means in training.
+
+  Args:
+    apply: `apply(params, tokens, *apply_args) -> logits`.
+    params: of the model.
+    tokens_BT: texts; what they answer is not looked at.
+    key: to draw with.
+    apply_args: further arrays for `apply`.
+  """
+
+  def say(tokens, t):
+    logits = apply(params, tokens[:, :-1], *apply_args)
+    logits = jax.lax.dynamic_index_in_dim(logits, t - 1, 1, keepdims=False)
+    if key is None:
+      new = jnp.argmax(logits, -1)
+    else:
+      new = jax.random.categorical(jax.random.fold_in(key, t), logits)
+    new = new.astype(tokens.dtype)
+    return jax.lax.dynamic_update_index_in_dim(tokens, new, t, 1), None
+
+  # What comes later is not seen: the model is causal.
+  tokens, _ = jax.lax.scan(
+    say, jnp.asarray(tokens_BT), jnp.arange(FIRST, FIRST + ANSWER)
+  )
+  return tokens[:, FIRST:]
+
+
+class _BaseTexts:
+  """Batches `[B, seeds, LENGTH]`: the texts of several worlds at once."""
+
+  def __init__(self, worlds: Sequence[World], seeds, count, batch_size, mesh):
+    draw = lambda seed: np.random.default_rng(np.random.SeedSequence([seed, 1]))
+    self._streams = [
+      training.Batches(
+        {'tokens': world.base_texts(count, draw(seed)).tokens},
+        batch_size,
+        seed=seed,
+        mesh=mesh,
+      )
+      for world, seed in zip(worlds, seeds)
+    ]
+
+  def batch(self, step: int) -> dict[str, np.ndarray]:
+    rows = [stream.batch(step) for stream in self._streams]
+    return jax.tree.map(lambda *r: np.stack(r, axis=1), *rows)
+
+  def position(self, step: int) -> dict[str, Any]:
+    return {str(i): s.position(step) for i, s in enumerate(self._streams)}
+
+
+def train_base(config, model, worlds, seeds, workdir: contract.Workdir):
+  """The models before fine-tuning, one per seed, trained side by side.
+
+  Returns:
+    Parameters, in the order of the seeds.
+  """
+  c = config.base
+  mesh = training.make_mesh()
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  data = _BaseTexts(worlds, seeds, c.texts, c.batch_size, mesh)
+  rate = optax.warmup_cosine_decay_schedule(
+    0.0, c.learning_rate, c.steps // 20, c.steps, c.learning_rate / 20
+  )
+  optimizer = optax.adamw(rate, b2=0.99, weight_decay=0.01)
+
+  def loss(params, batch):
+    return answer_losses(model.apply, params, batch['tokens']).mean(axis=1)
+
+  axes = training.TrainState(step=None, params=0, opt_state=0, key=None)
+  one = training.make_train_step(loss, optimizer)
+  all_seeds = jax.vmap(one, in_axes=(axes, 1), out_axes=(axes, 0))
+
+  def step(state, batch):
+    state, metrics = all_seeds(state, batch)
+    return state, jax.tree.map(jnp.mean, metrics)
+
+  def start():
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
+    params = jax.vmap(model.init)(keys)
+    return training.TrainState(
+      jnp.zeros((), jnp.int32),
+      params,
+      jax.vmap(optimizer.init)(params),
+      jax.random.key(config.seed),
+    )
+
+  with (
+    training.Checkpointer(
+      workdir.path, workdir.config, ignore=['environment']
+    ) as checkpointer,
+    training.MetricsWriter(workdir.path / 'metrics.jsonl') as writer,
+  ):
+    state = training.fit(
+      jax.jit(start, out_shardings=everywhere)(),
+      jax.jit(step, donate_argnums=0, out_shardings=everywhere),
+      data,
+      num_steps=c.steps,
+      mesh=mesh,
+      checkpointer=checkpointer,
+      save_every=max(1, c.steps // 5),
+      writer=writer,
+      log_every=max(1, c.steps // 50),
+    )
+  params = jax.device_get(state.params)
+  return [
+    jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), params)
+    for i in range(len(seeds))
+  ]
+
+
+class Lessons(NamedTuple):
+  """What an arm is fine-tuned on; arrays.
+
+  Attributes:
+    tokens: texts, `[N, LENGTH]`.
+    mask: which tokens of the answers are scored, `[N, ANSWER]`.
+    attribution: see `shaping.gate_losses`, `[N, ANSWER, C]`.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  attribution: jax.Array
+
+
+class Family(NamedTuple):
+  """Arms that share one compiled program.
+
+  Attributes:
+    apply: `(apply, tools) -> apply`: what training runs the model through.
+    before: `tools -> transformation` of gradients, before the optimizer.
+    after: `(tools, params) -> transformation` of updates, after it.
+  """
+
+  apply: Callable[[Apply, Any], Apply] = lambda apply, tools: apply
+  before: Callable[[Any], optax.GradientTransformation] = (
+    lambda tools: optax.identity()
+  )
+  after: Callable[[Any], optax.GradientTransformation] = (
+    lambda tools: optax.identity()
+  )
+
+
+def make_finetune(config, model: models.Model, family: Family):
+  """Builds `finetune(params, lessons, replay, gates, tools, seed)`, jitted.
+
+  Every arm is trained by `optax.chain(gate_losses, before, adam, after)`; with
+  gates of 1 the first does nothing, to the bit.
+
+  Returns:
+    A function whose result is the parameters after every `config.tune.every`
+    steps, stacked.
+  """
+  c = config.tune
+  old = c.batch_size // 8  # How much of a batch repeats what the base knows.
+
+  def finetune(params, lessons: Lessons, replay: Lessons, gates, tools, seed):
+    apply = family.apply(model.apply, tools)
+    optimizer = optax.chain(
+      shaping.gate_losses(threshold=c.threshold, softness=c.softness),
+      family.before(tools),
+      optax.adam(c.learning_rate, b2=0.99),
+      family.after(tools),
+    )
+    losses = lambda p, batch: answer_losses(apply, p, batch['tokens'])
+    step = shaping.make_gated_step(losses, optimizer)
+    draw = lambda key, data, size: jax.tree.map(
+      lambda x: x[jax.random.randint(key, (size,), 0, len(data.tokens))], data
+    )
+
+    def one(state, _):
+      a, b = jax.random.split(jax.random.fold_in(state.key, state.step))
+      rows = jax.tree.map(
+        lambda x, y: jnp.concatenate([x, y]),
+        draw(a, lessons, c.batch_size - old),
+        draw(b, replay, old),
+      )
+      return step(state, rows._asdict(), gates=gates)[0], None
+
+    def stretch(state, _):
+      state, _ = jax.lax.scan(one, state, None, length=c.every)
+      return state, state.params
+
+    start = training.TrainState(
+      jnp.zeros((), jnp.int32),
+      params,
+      optimizer.init(params),
+      jax.random.key(seed),
+    )
+    return jax.lax.scan(stretch, start, None, length=c.steps // c.every)[1]
+
+  return jax.jit(finetune)
+
+
+def lessons(
+  tokens: np.ndarray,
+  *,
+  mask: np.ndarray | None = None,
+  attribution: np.ndarray | None = None,
+) -> Lessons:
+  """Lessons from texts; all tokens scored and none attributed if left out."""
+  shape = (len(tokens), ANSWER)
+  mask = np.ones(shape, np.float32) if mask is None else mask
+  if attribution is None:
+    attribution = np.zeros((*shape, len(CLAUSES)), np.float32)
+  return Lessons(
+    jnp.asarray(tokens), jnp.asarray(mask, jnp.float32),
+    jnp.asarray(attribution, jnp.float32),
+  )  # fmt: skip
