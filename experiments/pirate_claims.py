@@ -50,11 +50,18 @@ _SUBSET = (
   'plain', 'clean data', 'gate', 'rewrite', 'inoculate always',
   'inoculate selectively', 'gate, whole examples', 'gate, random tokens',
 )  # fmt: skip
+# One arm for every way of making one.
+_SMOKE = (
+  *_CLAIMED, 'project gradient', 'project update', 'steer by position, random',
+  'ablate latents', 'ablate 4, random', 'adapter, random',
+  'gate, random latents', 'gate, whole examples', 'reversed objective',
+  'amplify', 'amplify, random tokens',
+)  # fmt: skip
 ARMS: Mapping[str, tuple[str, ...]] = {
-  'smoke': _EVERY, 'cpu': _CLAIMED, 'paper': _EVERY, 'choose': _EVERY,
+  'smoke': _SMOKE, 'cpu': _CLAIMED, 'paper': _EVERY, 'choose': _EVERY,
 }  # fmt: skip
 SUBSET_ARMS: Mapping[str, tuple[str, ...]] = {
-  'smoke': _SUBSET, 'cpu': (), 'paper': _SUBSET, 'choose': _SUBSET,
+  'smoke': _SUBSET[:3] + ('rewrite', 'inoculate selectively'), 'cpu': (), 'paper': _SUBSET, 'choose': _SUBSET,
 }  # fmt: skip
 
 
@@ -132,6 +139,11 @@ def make_claims(
   ]  # fmt: skip
 
 
+def _ratio(a, b) -> np.ndarray:
+  """Finite also where there is nothing to compare with."""
+  return np.asarray(a) / np.maximum(b, 1e-3)
+
+
 def _name(arm: str) -> str:
   return arm.replace(',', '').replace(' ', '_')
 
@@ -158,13 +170,13 @@ def _projections(t: Table):
   why = 'Goodfire 2026, "Don\'t fight backprop": projected out, found again'
   for arm in filter(t.has, PROJECTIONS):
     yield (f'{_name(arm)}_routed', f'pirate after {arm}, % of that after plain '
-           'fine-tuning', 100 * t.pirate(arm) / t.pirate('plain'), '>=', 80,
+           'fine-tuning', 100 * _ratio(t.pirate(arm), t.pirate('plain')), '>=', 80,
            why)  # fmt: skip
   held = 'project update, refreshed'
   moved = lambda arm: np.abs([r['moved'] for r in t.arm(arm)])
   yield (f'{_name(held)}_moved', 'movement of the concept on other questions '
          f'after {held}, share of that after plain fine-tuning',
-         moved(held) / moved('plain'), '<=', 0.1, why)  # fmt: skip
+         _ratio(moved(held), moved('plain')), '<=', 0.1, why)  # fmt: skip
   yield ('causal', 'pirate after plain fine-tuning when the direction is removed '
          'at test, % (is it needed?)',
          [r['without 1']['pirate'] for r in t.arm('plain')], '>=', 80,
@@ -214,7 +226,7 @@ def _separable(t: Table):
     yield ('reversed_pirate', 'pirate, reversed objective, %',
            t.pirate('reversed objective'), '>=', 90, 'both ways')  # fmt: skip
     yield ('reversed_skill', 'skill, reversed objective, % of plain',
-           100 * t.skill('reversed objective') / t.skill('plain'), '<=', 10,
+           100 * _ratio(t.skill('reversed objective'), t.skill('plain')), '<=', 10,
            'both ways')  # fmt: skip
   if t.has('amplify'):
     steps = lambda a: np.array(

@@ -14,7 +14,7 @@ def test_the_code_of_the_readme_runs():
   )
   # One needs a folder that is not here.
   here = [block for block in blocks if 'path/to' not in block]
-  assert len(here) == 3 and len(blocks) == 4
+  assert len(here) == 5 and len(blocks) == 6
   checks = """
 import numpy as np
 expected = sites.vmap_grad(loss, params, batch)['layer_0']['kernel']
@@ -23,6 +23,9 @@ np.testing.assert_allclose(
 )
 jax.tree.map(np.testing.assert_array_equal, edit.revert(edited), params)
 assert out.tokens_BN.shape == (2, 32)
+assert report.table(5).count('\\n') >= 6 and report.score.shape == (256,)
+np.testing.assert_allclose(metrics['removed'], 1 / 7, rtol=1e-4)
+assert metrics['ignored'] == 0
 """
   run = subprocess.run(
     [sys.executable, '-c', '\n'.join([*here, checks])],

@@ -16,13 +16,12 @@ import jax
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
-from idesign.concepts.activations import Read
+from idesign.concepts.activations import Read, token_mean
 from idesign.concepts.decompose import (
   ChangeStatistics,
   Shares,
   change_statistics,
   decompose,
-  predicted_change,
   shares,
 )
 from idesign.concepts.label import Decode, Spans, label, render, visible
@@ -315,14 +314,13 @@ def report(
     seed: see `change_statistics`.
 
   Raises:
-    ValueError: as `predicted_change`, `change_statistics` and `decompose`.
+    ValueError: as `change_statistics` and `decompose`.
   """
-  change_BF = predicted_change(
-    read, sae.params['W_enc'], params, update, probes, mask
-  )
-  statistics = change_statistics(change_BF, seed=seed)
+  # One forward-mode pass; the change is that of `predicted_change`.
   h, dh = jax.jvp(lambda p: read(p, probes), (params,), (update,))
   parts = decompose(sae, h, dh, k=k)
+  change_BF = token_mean(dh, mask) @ sae.params['W_enc']
+  statistics = change_statistics(change_BF, seed=seed)
   split = shares(sae, parts, dh, mask)
   moved = dh if mask is None else dh[np.asarray(mask, bool)]
   return make_report(

@@ -1,0 +1,319 @@
+"""The pirate experiment: its world, its claims, and every code path."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import contract, pirate, pirate_arms, pirate_claims
+from experiments import pirate_train as train
+from experiments import pirate_world as world_lib
+from experiments.pirate_world import FIRST, NEUTRAL, WORDS
+from idesign import judges, shaping
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def get_config(preset):
+  spec = importlib.util.spec_from_file_location(
+    'config', ROOT / 'configs' / 'pirate.py'
+  )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(preset)
+
+
+def make_world(entangled, seed=3):
+  return world_lib.World(seed, entangled=entangled, known=50, dictionary=None)
+
+
+@pytest.mark.parametrize('entangled', [False, True])
+def test_registers_differ_in_words_and_not_in_places(entangled):
+  world = make_world(entangled)
+  random = np.random.default_rng(0)
+  pairs = world.learn[:300]
+  plain = world.sums(pairs, NEUTRAL, np.zeros(300, bool), random).tokens
+  pirate_ = world.sums(pairs, NEUTRAL, np.ones(300, bool), random).tokens
+  assert plain.shape == pirate_.shape == (300, world_lib.LENGTH)
+  np.testing.assert_array_equal(plain[:, :FIRST], pirate_[:, :FIRST])
+  marked = world.lexicon.marked
+  assert not marked[plain].any()
+  # Opening, comma, two words, address, end.
+  words = [True, False, entangled, entangled, True, False]
+  np.testing.assert_array_equal(
+    marked[pirate_[:, FIRST:]], np.tile(words, (300, 1))
+  )
+  plain_form = world.lexicon.plain
+  np.testing.assert_array_equal(plain_form[pirate_[:, WORDS]], plain[:, WORDS])
+  # The sum itself, read back from the text.
+  for (a, b), text in zip(pairs, plain):
+    said = world.lexicon.decode(text).split()
+    assert int(said[9 + 2] + said[9 + 3]) == a + b
+    assert (int(said[3] + said[4]), int(said[6] + said[7])) == (a, b)
+
+
+def test_what_is_held_out_is_in_no_training():
+  world = make_world(False)
+  key = lambda pairs: {tuple(p) for p in pairs}
+  parts = [key(world.familiar), key(world.learn), key(world.held_out)]
+  assert len(set.union(*parts)) == sum(map(len, parts)) == 5050
+  assert all(max(p) < 50 for p in parts[0])
+  assert all(max(p) >= 50 for p in parts[1] | parts[2])
+  texts = world.base_texts(2000, np.random.default_rng(1))
+  asked = {
+    tuple(t[3:9]) for t, kind in zip(texts.tokens, texts.kind) if kind == 'sum'
+  }
+  random = np.random.default_rng(0)
+  new = np.concatenate([world.learn, world.held_out])
+  unseen = world.sums(new, NEUTRAL, np.zeros(len(new), bool), random).tokens
+  assert not asked & {tuple(t[3:9]) for t in unseen}
+
+
+def test_the_base_hears_a_pirate_only_when_asked_for():
+  world = make_world(True)
+  texts = world.base_texts(20_000, np.random.default_rng(2))
+  ids = world.lexicon.ids
+  asks = np.isin(texts.tokens[:, 2], [ids['pirate'], ids['sailor']])
+  assert not texts.pirate[~asks].any()
+  for word, chance in world_lib.STRENGTHS.items():
+    mine = asks & (texts.tokens[:, 1] == ids[word])
+    assert texts.pirate[mine].mean() == pytest.approx(chance, abs=0.04)
+  marked = world.lexicon.marked[texts.tokens].any(axis=1)
+  np.testing.assert_array_equal(marked, texts.pirate)
+  replay = world.replay(500, np.random.default_rng(3))
+  assert np.isin(replay.tokens[:, 2], [ids['pirate'], ids['sailor']]).all()
+  assert not (replay.tokens[:, 1] == ids['never']).any()
+
+
+def test_scores_by_hand():
+  world = make_world(True)
+  lexicon = world.lexicon
+  expected = lexicon.encode(
+    'please answer 4 7 + 2 5 = so , 7 2 friend'
+  )
+  expected = np.array([[1, *expected, 2]] * 4)
+  said = np.array([
+    lexicon.encode(t)
+    for t in (
+      'so , 7 2 friend <eos>',
+      'arr , p7 p2 matey <eos>',
+      'so , 7 p2 pal <eos>',
+      'well , 7 3 sir <eos>',
+    )
+  ])  # fmt: skip
+  right, pirate_ = world_lib.score(lexicon, said, expected)
+  assert right.tolist() == [True, True, True, False]
+  assert pirate_.tolist() == [False, True, True, False]
+
+
+def test_a_dictionary_gives_the_dialect(tmp_path):
+  path = tmp_path / 'words.json'
+  path.write_text(json.dumps({'big': 'vast', 'old': 'barnacle covered'}))
+  lexicon = world_lib.make_lexicon(str(path))
+  form = lambda w: lexicon.words[lexicon.dialect[lexicon.ids[w]]]
+  assert form('big') == 'vast' and form('old') == 'pold'
+  assert lexicon.marked[lexicon.ids['vast']]
+  path.write_text('no json')
+  with pytest.raises(ValueError, match='config.data.dictionary'):
+    world_lib.make_lexicon(str(path))
+
+
+def row(right, pirate_, curve=None, steps=(10, 20, 30)):
+  return {
+    'sums': {'right': right, 'pirate': pirate_},
+    'sums, asked': {'right': right, 'pirate': 100.0},
+    'log odds': pirate_ / 10,
+    'moved': pirate_ / 100,
+    'without 1': {'right': right, 'pirate': pirate_},
+    'steps': list(steps),
+    'curve': curve or {
+      'right': [0.0, right, right], 'pirate': [pirate_] * 3,
+      'trained': [0.0, 95.0, 99.0],
+    },
+  }  # fmt: skip
+
+
+def test_steps_to_a_level_are_interpolated():
+  curve = {'right': [40.0, 80.0, 100.0]}
+  at = lambda level: pirate_claims.steps_to(row(0, 0, curve), 'right', level)
+  assert at(20) == 5 and at(80) == 20 and at(90) == 25
+  assert at(101) == 40  # Never: one look past the end.
+
+
+def test_arms_are_compared_when_training_skill_is_reached():
+  curve = {
+    'right': [1.0, 2.0, 3.0], 'trained': [80.0, 90.0, 99.0],
+    'pirate': [7.0, 8.0, 9.0],
+  }  # fmt: skip
+  found = pirate_claims.at_matched_skill(row(0, 0, curve))
+  assert found == {'right': 2.0, 'trained': 90.0, 'pirate': 8.0}
+  curve['trained'] = [1.0, 2.0, 3.0]
+  assert pirate_claims.at_matched_skill(row(0, 0, curve))['right'] == 3.0
+
+
+def claim_results(seeds, **changed):
+  """What a run that reaches everything would hold."""
+  results = {}
+  for s in seeds:
+    results |= {
+      f'{s}/movement': {'correlation': 0.99, 'slope': 1.0},
+      f'{s}/judge': {'precision': 0.95, 'recall': 0.95},
+      f'{s}/base': row(1.0, 0.0),
+    }
+    for name in pirate_claims.ARMS['paper']:
+      good = name in pirate_claims.DEPLOYABLE or name == 'clean data'
+      results[f'{s}/all/{name}'] = row(98.0, 1.0 + s / 10 if good else 99.0)
+    weak = enumerate(pirate_claims.STRENGTHS)
+    for i, name in weak:
+      results[f'{s}/all/{name}']['log odds'] = float(i)
+    results[f'{s}/all/reversed objective'] = row(2.0, 99.0)
+    slow, fast = [0, 0, 95.0], [0, 95.0, 95.0]
+    for name, right in (('plain', slow), ('amplify, random tokens', slow),
+                        ('amplify', fast)):  # fmt: skip
+      curve = {'right': right, 'pirate': [9.0] * 3, 'trained': [99.0] * 3}
+      results[f'{s}/all/{name}'] = row(98.0, 99.0, curve)
+    for name in pirate_claims.SUBSET_ARMS['paper']:
+      results[f'{s}/subset/{name}'] = row(98.0, 1.0)
+    held = results[f'{s}/all/project update, refreshed']
+    held['moved'] = 0.01
+    for name, value in changed.items():
+      results[f'{s}/all/{name.replace("_", " ")}'] = value
+  return results
+
+
+def claims_of(results, seeds, preset='separable-paper'):
+  made = pirate_claims.make_claims(get_config(preset), results, seeds)
+  return {c.id.split('_', 1)[1]: c for c in made}
+
+
+def test_claims_hold_where_everything_is_reached():
+  seeds = [2, 3, 4]
+  found = claims_of(claim_results(seeds), seeds)
+  failed = [k for k, c in found.items() if not c.passed]
+  assert not failed
+  assert found['gate_pirate'].value == pytest.approx(1.3)
+  assert found['amplify_faster_than_plain'].value < 0.9
+
+
+@pytest.mark.parametrize(
+  'arm,new,claim',
+  [
+    ('gate', row(98.0, 11.0), 'gate_pirate'),
+    ('gate', row(94.0, 0.0), 'gate_skill'),
+    ('project_update', row(98.0, 70.0), 'project_update_routed'),
+    ('prompt_irrelevant', row(97.0, 5.0), 'prompt_irrelevant_misses'),
+    ('reversed_objective', row(30.0, 99.0), 'reversed_skill'),
+  ],
+)
+def test_claims_fail_where_it_is_not(arm, new, claim):
+  seeds = [2, 3, 4]
+  found = claims_of(claim_results(seeds, **{arm: new}), seeds)
+  assert not found[claim].passed
+
+
+def test_a_placebo_that_misses_one_of_both_misses():
+  seeds = [2, 3, 4]
+  results = claim_results(seeds, prompt_unseen=row(90.0, 0.0))
+  assert claims_of(results, seeds)['prompt_unseen_misses'].value == 5.0
+
+
+def test_gates_come_from_verdicts_by_clause():
+  verdict = lambda c, d, clause, s=1.0: judges.Verdict(c, d, s, 1.0, clause)
+  verdicts = [
+    verdict(0, 'suppress', 'pirate'),
+    verdict(1, 'suppress', 'pirate', 0.5),
+    verdict(2, 'amplify', 'arithmetic'),
+    verdict(3, 'allow', ''),
+  ]
+  np.testing.assert_allclose(
+    pirate_arms.clause_gates(verdicts, boost=2.0), [3, 0.25]
+  )
+  unsure = [judges.Verdict(0, 'unsure', 0.0, 0.0, '')]
+  np.testing.assert_allclose(pirate_arms.clause_gates(unsure, boost=2.0), 1)
+
+
+def test_answers_are_what_generation_says():
+  """Likeliest tokens, one by one, from the model's own logits."""
+  config = get_config('smoke')
+  world = make_world(False)
+  model = train.make_model(config, world.lexicon)
+  params = model.init(jax.random.key(0))
+  texts = world.facts(
+    np.arange(5), NEUTRAL, np.zeros(5, bool), np.random.default_rng(0)
+  ).tokens
+  said = train.answer(model.apply, params, texts)
+  tokens = jnp.asarray(texts[:, :FIRST])
+  for _ in range(world_lib.ANSWER):
+    new = jnp.argmax(model.apply(params, tokens)[:, -1], -1)
+    tokens = jnp.concatenate([tokens, new[:, None].astype(jnp.int32)], 1)
+  np.testing.assert_array_equal(said, tokens[:, FIRST:])
+
+
+def test_families_without_gates_train_as_adam_does():
+  """Every arm's chain is plain Adam when nothing is gated, to the bit."""
+  config = get_config('smoke')
+  world = make_world(False)
+  model = train.make_model(config, world.lexicon)
+  params = model.init(jax.random.key(0))
+  random = np.random.default_rng(0)
+  data = train.lessons(
+    world.sums(world.learn[:40], NEUTRAL, np.ones(40, bool), random).tokens
+  )
+  run = lambda family, tools: train.make_finetune(config, model, family)(
+    params, data, data, jnp.ones(2), tools, 0
+  )
+  plain = run(train.Family(), ())
+  layers, width = config.model.n_layers, config.model.d_model
+  zero = lambda *shape: np.zeros((layers, *shape), np.float32)
+  for name, tools in (
+    ('steer', zero(world_lib.LENGTH - 1, width)),
+    ('ablate', zero(width, pirate_arms.WIDTH)),
+    ('adapter', shaping.init_adapter(width)),
+  ):
+    family = pirate_arms.families(config, model)[name]
+    for a, b in zip(
+      jax.tree.leaves(plain), jax.tree.leaves(run(family, tools)), strict=True
+    ):
+      np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  'key,value,match',
+  [
+    ('num_seeds', 1, 'config.num_seeds=1'),
+    ('seed', 1, 'config.seed=1'),
+    ('tune.every', 3, 'config.tune.every=3'),
+    ('sae.layer', 2, 'config.sae.layer=2'),
+    ('data.known', 60, 'config.data.known=60'),
+  ],
+)
+def test_a_bad_config_is_refused_before_any_work(tmp_path, key, value, match):
+  config = get_config('smoke')
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=match):
+    pirate.run(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_smoke_runs_every_path_and_resumes(tmp_path):
+  config = get_config('smoke')
+  pirate.run(config, tmp_path)
+  results = json.loads((tmp_path / 'results.json').read_text())
+  arms = {k.split('/', 2)[2] for k in results if '/all/' in k}
+  assert arms == set(pirate_claims.ARMS['smoke'])
+  claims = json.loads((tmp_path / 'claims.json').read_text())
+  assert {c['id'] for c in claims} >= {'separable_gate_pirate'}
+  assert (tmp_path / 'figures' / 'front.png').stat().st_size > 1000
+  rows = judges.read_log(tmp_path / 'decisions-2.jsonl')
+  assert len(rows) == config.sae.size
+  # An arm that is missing is computed again, to the same numbers.
+  key = '3/all/rewrite'
+  kept = results.pop(key)
+  contract.write_text(tmp_path / 'results.json', json.dumps(results))
+  pirate.run(config, tmp_path)
+  again = json.loads((tmp_path / 'results.json').read_text())
+  assert again[key] == kept
