@@ -54,7 +54,7 @@ from experiments.pirate_train import (
 from experiments.pirate_world import FIRST, STRENGTHS, World
 from idesign import concepts, judges, shaping
 
-CHOSEN_ON = (0, 1)
+CHOSEN_ON = tuple(range(7))
 LIFTED = 40  # Steps of plain fine-tuning once an intervention is lifted.
 
 

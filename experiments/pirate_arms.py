@@ -374,11 +374,11 @@ def plans(
   ungated = lambda family, tools: lambda: b.plan(family, b.tokens, tools=tools())
   both = lambda what: {c: random_latents(scene, c, f'{what} {c}') for c in CLAUSES}
 
-  def rewritten(setting):
+  def rewritten(setting, **gated):
     new, _ = pc.rewrite(
       b.config, scene.base, setting, world, scene.known, b.tokens
     )
-    return b.plan('data', new)
+    return b.plan('data', new, **gated)
 
   def selective():
     """The inoculation prompt only where the frozen base hears a pirate."""
@@ -406,6 +406,10 @@ def plans(
     ),
     'gate, whole examples': lambda: b.gated(
       b.gates(), b.by_example(b.attribution())
+    ),
+    # The same gate, on lessons in which what it takes away is not even read.
+    'gate, context rewritten': lambda: rewritten(
+      scene.settings['pirate'], gates=b.gates(), attribution=b.attribution()
     ),
     # Lessons as the frozen base would have said them without the concept.
     'rewrite': lambda: rewritten(scene.settings['pirate']),

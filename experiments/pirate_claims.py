@@ -12,7 +12,8 @@ from experiments import contract
 CONTROLS = ('plain', 'clean data', 'oracle mask')
 # What somebody could use: no oracle, nothing that only serves to compare.
 DEPLOYABLE = (
-  'gate', 'rewrite', 'inoculate always', 'inoculate paraphrase', 'adapter',
+  'gate', 'gate, context rewritten', 'rewrite', 'inoculate always',
+  'inoculate paraphrase', 'adapter',
   'steer by position', 'steer pooled', 'ablate 4', 'ablate latents',
   'amplify and gate',
 )  # fmt: skip
@@ -33,7 +34,7 @@ STRENGTHS = (
 BOTH_WAYS = ('amplify', 'amplify, random tokens', 'reversed objective')
 
 _CLAIMED = (
-  *CONTROLS, 'gate', 'rewrite', 'inoculate always', 'adapter',
+  *CONTROLS, 'gate', 'gate, context rewritten', 'rewrite', 'inoculate always', 'adapter',
   'prompt irrelevant', 'gate, random tokens', 'project update, refreshed',
   'block activation, all layers',
 )  # fmt: skip
@@ -47,7 +48,8 @@ _EVERY = tuple(
   )
 )  # fmt: skip
 _SUBSET = (
-  'plain', 'clean data', 'gate', 'rewrite', 'inoculate always',
+  'plain', 'clean data', 'gate', 'gate, context rewritten', 'rewrite',
+  'inoculate always',
   'inoculate selectively', 'gate, whole examples', 'gate, random tokens',
 )  # fmt: skip
 # One arm for every way of making one.
@@ -61,7 +63,7 @@ ARMS: Mapping[str, tuple[str, ...]] = {
   'smoke': _SMOKE, 'cpu': _CLAIMED, 'paper': _EVERY, 'choose': _EVERY,
 }  # fmt: skip
 SUBSET_ARMS: Mapping[str, tuple[str, ...]] = {
-  'smoke': _SUBSET[:3] + ('rewrite', 'inoculate selectively'), 'cpu': (), 'paper': _SUBSET, 'choose': _SUBSET,
+  'smoke': _SUBSET[:5] + ('inoculate selectively',), 'cpu': (), 'paper': _SUBSET, 'choose': _SUBSET,
 }  # fmt: skip
 
 
@@ -202,7 +204,9 @@ def _reaches(t: Table, arm: str, condition: str = 'all'):
 
 def _separable(t: Table):
   """Arms that reach the target, placebos that do not, and both ways."""
-  for arm in ('gate', 'rewrite', 'inoculate always', 'adapter'):
+  for arm in (
+    'gate', 'gate, context rewritten', 'rewrite', 'inoculate always', 'adapter',
+  ):  # fmt: skip
     yield from _reaches(t, arm)
     asked = lambda a: np.array([r['sums, asked']['pirate'] for r in t.arm(a)])
     yield (f'{_name(arm)}_asked', f'pirate when asked, below clean data, {arm}, '
@@ -219,7 +223,9 @@ def _separable(t: Table):
     yield (f'{_name(arm)}_misses', f'by how much {arm} misses the target (10 % '
            'pirate, 3 points of skill), points', misses, '>=', 0,
            'placebo')  # fmt: skip
-  for arm in ('gate', 'rewrite', 'inoculate selectively'):
+  for arm in (
+    'gate', 'gate, context rewritten', 'rewrite', 'inoculate selectively',
+  ):  # fmt: skip
     if t.has(arm, 'subset'):
       yield from _reaches(t, arm, 'subset')
   if t.has('reversed objective'):

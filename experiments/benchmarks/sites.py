@@ -23,31 +23,27 @@ instead of two (before: 1.16), see `idesign.sites.statistics`.
 from __future__ import annotations
 
 from collections.abc import Callable
-import json
 import os
-import pathlib
 import statistics as stats
 import time
 from typing import Any
 
-from absl import app
-from absl import flags
 import jax
 import jax.numpy as jnp
 
-from experiments.contract import write_text
-from idesign import curvature
+from experiments.benchmarks.subject import (
+  D_FF,
+  D_MODEL,
+  PROJECTIONS,
+  VOCAB,
+  decoder,
+  loss_of,
+  run,
+)
 from idesign import models
 from idesign import sites
 
-_BATCH = flags.DEFINE_integer('batch', 64, 'Sequences.')
-_TIME = flags.DEFINE_integer('time', 128, 'Tokens per sequence.')
-_LAYERS = flags.DEFINE_integer('layers', 6, 'Layers.')
-_REPEATS = flags.DEFINE_integer('repeats', 7, 'Timed repeats of each program.')
-_OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
-
-D_MODEL, D_FF, N_HEADS, VOCAB, DIRECTIONS = 256, 704, 4, 2048, 512
-PROJECTIONS = 'blocks/(attn|mlp)/.*/kernel'
+DIRECTIONS = 512
 # Per layer, what projections read the same input: its width and theirs.
 READERS = [
   (D_MODEL, [D_MODEL] * 3),  # q, k, v
@@ -68,32 +64,9 @@ TARGETS = {
 QUARTER_TARGET = 0.5
 
 
-def decoder(layers: int, *, unroll: bool) -> models.Model:
-  return models.transformer(
-    models.TransformerConfig(
-      vocab_size=VOCAB,
-      max_len=1024,
-      d_model=D_MODEL,
-      d_ff=D_FF,
-      n_heads=N_HEADS,
-      n_layers=layers,
-      tie_embeddings=True,
-      unroll=layers if unroll else 1,
-    )
-  )
-
-
 def a_quarter(layers: int) -> int:
   """A quarter of the layers, rounded up: 2 of 6."""
   return -(-layers // 4)
-
-
-def loss_of(model: models.Model) -> sites.Loss:
-  def loss(params, tokens):
-    logits = model.apply(params, tokens[:, :-1])
-    return curvature.negative_log_likelihood(logits, tokens[:, 1:])
-
-  return loss
 
 
 def programs(model: models.Model, layers: int) -> dict[str, Callable[..., Any]]:
@@ -287,17 +260,5 @@ def markdown(result: dict[str, Any]) -> str:
   )
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'Unknown arguments: {argv[1:]}.')
-  out = _OUT.value and pathlib.Path(_OUT.value)
-  if out and not out.parent.is_dir():
-    raise app.UsageError(f'--out={out}: there is no folder {out.parent}.')
-  result = measure(_BATCH.value, _TIME.value, _LAYERS.value, _REPEATS.value)
-  print(markdown(result))
-  if out:
-    write_text(out, json.dumps(result, indent=2) + '\n')
-
-
 if __name__ == '__main__':
-  app.run(main)
+  run(measure, markdown)

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+from experiments.benchmarks import concepts as concepts_benchmark
 from experiments.benchmarks import sites as sites_benchmark
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -50,3 +51,31 @@ def test_the_readme_shows_the_committed_costs():
     holds = result['programs'][name]['time_ratio'] <= target
     (row,) = [r for r in table.splitlines() if r.startswith(f'| {name} |')]
     assert ('**fails**' in row) != holds
+
+
+def test_the_table_of_concepts_judges_every_target(tmp_path):
+  out = tmp_path / 'out.json'
+  run = subprocess.run(
+    [
+      sys.executable, '-m', 'experiments.benchmarks.concepts', '--batch=2',
+      '--time=16', '--layers=2', '--repeats=2', f'--out={out}',
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=240,
+  )  # fmt: skip
+  assert run.returncode == 0, run.stderr[-3000:]
+  result = json.loads(out.read_text())
+  rows = result['programs']
+  assert set(concepts_benchmark.TARGETS) < set(rows)
+  # No report holds an array of sequences, positions and concepts.
+  sizes = concepts_benchmark.SIZES
+  memory = [rows[f'report, {n} concepts']['temporary_mib'] for n in sizes]
+  assert memory[-1] - memory[0] < 2 * 16 * sizes[-1] * 4 / 2**20
+  for target, verdict in ((0.0, '**fails**'), (1e9, 'holds')):
+    for row in rows.values():
+      row['target'] = None if row['target'] is None else target
+    table = concepts_benchmark.markdown(result)
+    judged = [r for r in table.splitlines() if 'rank-1' in r or 'gated' in r]
+    assert len(judged) == 2 and all(verdict in r for r in judged)

@@ -308,10 +308,10 @@ def test_smoke_runs_every_path_and_resumes(tmp_path):
   claims = json.loads((tmp_path / 'claims.json').read_text())
   assert {c['id'] for c in claims} >= {'separable_gate_pirate'}
   assert (tmp_path / 'figures' / 'front.png').stat().st_size > 1000
-  rows = judges.read_log(tmp_path / 'decisions-2.jsonl')
+  rows = judges.read_log(tmp_path / f'decisions-{config.seed}.jsonl')
   assert len(rows) == config.sae.size
   # An arm that is missing is computed again, to the same numbers.
-  key = '3/all/rewrite'
+  key = f'{config.seed + 1}/all/rewrite'
   kept = results.pop(key)
   contract.write_text(tmp_path / 'results.json', json.dumps(results))
   pirate.run(config, tmp_path)
