@@ -208,22 +208,24 @@ class Builder:
   # What gates rest on.
 
   def attribution(self, settings=None, name='judge'):
-    """How strongly the clauses bear on each token of lessons and replay.
+    """What each token of lessons and replay owes to the clauses, in nats.
 
-    The absolute log ratio: what the base knows of sums makes the answers of
-    sums that it does not know yet *less* likely, and is at work all the same.
+    A pirate's tokens are those that become likelier by the pirate's latents.
+    To arithmetic counts the absolute ratio: what the base knows of sums makes
+    the answers of sums that it does not know yet *less* likely, and is at work
+    all the same. (For the pirate it would take plain words away, too: then
+    nothing says how an answer opens, and one pirate in two seeds drifts in.)
     """
     scene = self.scene
     settings = scene.settings if settings is None else settings
 
     def make():
+      bears = {'arithmetic': np.abs, 'pirate': np.asarray}
+      read = lambda c, tokens: pc.attribute(
+        self.config, scene.base, settings[c], tokens
+      ).ratio[:, FIRST:]
       columns = [
-        [
-          np.abs(
-            pc.attribute(self.config, scene.base, settings[c], tokens).ratio
-          )[:, FIRST:]
-          for c in CLAUSES
-        ]
+        [bears[c](read(c, tokens)) for c in CLAUSES]
         for tokens in (self.tokens, scene.replay)
       ]
       return tuple(np.stack(c, axis=-1) for c in columns)
@@ -387,7 +389,9 @@ def plans(
     prompt = np.where(heard[:, None], [ALWAYS], [NEUTRAL])
     return b.plan('data', b.write(prompt), prompt=ALWAYS)
 
-  probes = jnp.asarray(scene.known[:64, :-1])
+  # Of the lessons' own kind; what is scored are other sums, and facts.
+  probes = b.write(NEUTRAL, np.zeros(len(b.pirate), bool))
+  probes = jnp.asarray(probes[:128, :-1])
   pooled = jnp.asarray(scene.directions.pooled[layer])
   return {
     # Controls.
