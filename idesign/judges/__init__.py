@@ -1,6 +1,6 @@
 """Judges: does what an update does to a concept serve the written objective?"""
 
-from idesign.judges.contrastive import Contrast, ContrastiveJudge, contrast
+from idesign.judges.contrastive import ContrastiveJudge
 from idesign.judges.endpoint import (
   ChatEndpoint,
   Complete,
@@ -24,4 +24,5 @@ from idesign.judges.objective import (
   load_objective,
   make_objective,
 )
+from idesign.judges.separation import Contrast, contrast
 from idesign.judges.verdict import Evidence, Judge, Verdict, gates

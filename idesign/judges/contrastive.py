@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from jaxtyping import Float
 import numpy as np
-import scipy.stats
 
 from idesign.judges.objective import Objective, ObjectiveError
+from idesign.judges.separation import Contrast, auroc, contrast
 from idesign.judges.verdict import Evidence, Verdict
 
 # One clause's examples -> each concept's activation on each, pooled over the
@@ -17,92 +16,12 @@ from idesign.judges.verdict import Evidence, Verdict
 Activations = Callable[[Sequence[str]], Float[np.ndarray, 'N F']]
 
 
-class Contrast(NamedTuple):
-  """How well each concept tells one decision's examples from the others'.
-
-  There are several groups of other examples (those of each other decision);
-  each statistic is that of the group told apart worst, so that a concept which
-  is merely about what two groups share does not stand out.
-
-  Attributes:
-    auroc: probability that a random example of the clause activates it more
-      than a random other one, ties counting half, `[F]`.
-    effect_size: Cohen's d, `(m1 - m2) / sqrt((v1 + v2) / 2)`; plus or minus
-      infinity where both groups are constant and differ.
-    selectivity: of its mean activation, `m1 / (m1 + m2)`; 0.5 if never active.
-    p_value: one-sided, of the area under random relabellings of the examples.
-    q_value: the same with the false-discovery rate controlled over concepts
-      (Benjamini and Hochberg 1995).
-  """
-
-  auroc: np.ndarray
-  effect_size: np.ndarray
-  selectivity: np.ndarray
-  p_value: np.ndarray
-  q_value: np.ndarray
-
-
-def contrast(
-  present: Float[np.ndarray, 'N F'],
-  others: Sequence[Float[np.ndarray, 'M F']],
-  *,
-  permutations: int = 10_000,
-  seed: int = 0,
-) -> Contrast:
-  """Compares activations on examples of one clause with each other group.
-
-  Args:
-    present: on the examples where the concept should be present.
-    others: on those of each other group, at least one.
-    permutations: relabellings; the smallest p is `1 / (permutations + 1)`.
-    seed: of the relabellings.
-
-  Raises:
-    ValueError: for fewer than two examples in a group, groups with different
-      concepts, or activations that are not finite.
-  """
-  groups = [np.asarray(g, np.float64) for g in (present, *others)]
-  for g in groups:
-    if g.ndim != 2 or len(g) < 2 or g.shape[1:] != groups[0].shape[1:]:
-      raise ValueError(
-        f'activations {[x.shape for x in groups]} must be [examples, concepts] '
-        'with at least two examples each and the same concepts.'
-      )
-    if not np.isfinite(g).all():
-      raise ValueError('an activation is not finite.')
-  if len(groups) < 2:
-    raise ValueError('there is no other group to compare with.')
-  random = np.random.default_rng(seed)
-  a = groups[0]
-  parts = [_one(a, b, permutations, random) for b in groups[1:]]
-  auroc, effect, selectivity = (
-    np.min([p[i] for p in parts], axis=0) for i in range(3)
-  )
-  p = np.max([p[3] for p in parts], axis=0)
-  q = scipy.stats.false_discovery_control(p)
-  return Contrast(auroc, effect, selectivity, p, q)
-
-
-def _one(a, b, permutations, random):
-  n, m = len(a), len(b)
-  ranks = scipy.stats.rankdata(np.concatenate([a, b]), axis=0)
-  area = lambda rank_sum: (rank_sum - n * (n + 1) / 2) / (n * m)
-  observed = ranks[:n].sum(0)
-  # A relabelling is a row of n ones: all rank sums are one product.
-  at_least = np.zeros(a.shape[1])
-  for start in range(0, permutations, 1000):
-    rows = np.zeros((min(1000, permutations - start), n + m), np.float32)
-    for row in rows:
-      row[random.choice(n + m, n, replace=False)] = 1
-    # Rank sums are multiples of a half: the slack only absorbs rounding.
-    drawn = rows @ ranks.astype(np.float32)
-    at_least += (drawn >= observed - 0.25).sum(0)
-  mean_a, mean_b = a.mean(0), b.mean(0)
-  spread = np.sqrt((a.var(0, ddof=1) + b.var(0, ddof=1)) / 2)
-  with np.errstate(divide='ignore', invalid='ignore'):
-    effect = np.where(mean_a == mean_b, 0.0, (mean_a - mean_b) / spread)
-    share = np.where(mean_a + mean_b > 0, mean_a / (mean_a + mean_b), 0.5)
-  return area(observed), effect, share, (at_least + 1) / (permutations + 1)
+def _distinct(texts: Sequence[str]) -> dict[str, str]:
+  """Texts that differ in more than case and space around, by what they say."""
+  first: dict[str, str] = {}
+  for text in texts:
+    first.setdefault(text.strip().casefold(), text)
+  return first
 
 
 class ContrastiveJudge:
@@ -113,6 +32,10 @@ class ContrastiveJudge:
   least `min_effect` and its selectivity at least `min_selectivity`, against
   the examples of *each* other decision. A concept that passes for both is
   `unsure`; one that passes for neither is `allow`ed.
+
+  An example counts once, however often it is written in whatever case: copies
+  are no evidence. A verdict rests on that clause of its decision whose examples
+  have the largest area for the concept, against the worst of the others.
 
   The evidence is not looked at: the verdict on a concept is always the same,
   and so is its strength, 1.
@@ -150,7 +73,8 @@ class ContrastiveJudge:
       ValueError: as `contrast`.
     """
     groups = {
-      d: objective.examples(d) for d in ('amplify', 'allow', 'suppress')
+      d: _distinct(objective.examples(d))
+      for d in ('amplify', 'allow', 'suppress')
     }
     groups = {d: texts for d, texts in groups.items() if texts}
     wanted = [
@@ -160,11 +84,14 @@ class ContrastiveJudge:
     few = [d for d in {*wanted, *groups} if len(groups.get(d, ())) < 2]
     if few or len(groups) < 2:
       raise ObjectiveError(
-        'the contrastive judge needs at least two examples for every decision '
-        'and two decisions to compare; there are '
+        'the contrastive judge needs at least two examples for every decision, '
+        'different in more than case and space around them, and two decisions '
+        'to compare; there are '
         f'{ {d: len(t) for d, t in groups.items()} }.'
       )
-    read = {d: np.asarray(activations(list(t))) for d, t in groups.items()}
+    read = {
+      d: np.asarray(activations(list(t.values()))) for d, t in groups.items()
+    }
     for d, f in read.items():
       if f.ndim != 2 or len(f) != len(groups[d]):
         raise ValueError(
@@ -173,14 +100,10 @@ class ContrastiveJudge:
         )
     self.contrasts: dict[str, Contrast] = {}
     self._own: dict[str, np.ndarray] = {}
-    self._clauses = {c.decision: c.id for c in reversed(objective.clauses)}
+    self._rests_on: dict[str, dict[int, str]] = {}
     for d in wanted:
-      c = contrast(
-        read[d],
-        [f for other, f in read.items() if other != d],
-        permutations=permutations,
-        seed=seed,
-      )
+      others = [f for other, f in read.items() if other != d]
+      c = contrast(read[d], others, permutations=permutations, seed=seed)
       own = (
         (c.q_value <= q)
         & (c.effect_size >= min_effect)
@@ -198,11 +121,30 @@ class ContrastiveJudge:
           'nothing else.'
         )
       self.contrasts[d], self._own[d] = c, own
+      self._rests_on[d] = _rests_on(
+        [x for x in objective.clauses if x.decision == d],
+        {text: row for row, text in enumerate(groups[d])},
+        read[d],
+        others,
+        np.flatnonzero(own),
+      )
 
   def __call__(self, step: int, evidence: Sequence[Evidence]) -> list[Verdict]:
-    """The verdicts; `step` makes no difference."""
+    """The verdicts; `step` makes no difference.
+
+    Raises:
+      ValueError: for a concept that there is not: evidence and activations are
+        of different autoencoders.
+    """
     del step
-    return [self._verdict(e.concept) for e in evidence]
+    (count,) = {len(mine) for mine in self._own.values()}
+    for e in evidence:
+      if not 0 <= e.concept < count:
+        raise ValueError(
+          f'there is no concept {e.concept}: activations are of 0 to '
+          f'{count - 1}. Judge by the autoencoder that the evidence is from.'
+        )
+    return [self._verdict(int(e.concept)) for e in evidence]
 
   def _verdict(self, concept: int) -> Verdict:
     own = [d for d, mine in self._own.items() if mine[concept]]
@@ -216,6 +158,31 @@ class ContrastiveJudge:
     if not own:
       return Verdict(concept, 'allow', 0.0, 1.0, '', reason)
     confidence = 1 - float(self.contrasts[own[0]].q_value[concept])
-    return Verdict(
-      concept, own[0], 1.0, confidence, self._clauses[own[0]], reason
-    )
+    clause = self._rests_on[own[0]][concept]
+    return Verdict(concept, own[0], 1.0, confidence, clause, reason)
+
+
+def _rests_on(clauses, rows, present, others, concepts) -> dict[int, str]:
+  """For each concept the clause whose examples it tells apart best.
+
+  Args:
+    clauses: of one decision.
+    rows: what an example says -> its row in `present`.
+    present: activations on all their examples.
+    others: as `contrast`.
+    concepts: which.
+
+  Returns:
+    Concept -> id of the first such clause; '' if none is above an even chance.
+  """
+  best = {int(c): (0.5, '') for c in concepts}
+  for clause in clauses:
+    mine = [rows[text] for text in _distinct(clause.examples)]
+    if not mine:
+      continue
+    a = present[np.ix_(mine, concepts)]
+    area = np.min([auroc(a, b[:, concepts]) for b in others], axis=0)
+    for c, value in zip(map(int, concepts), area):
+      if value > best[c][0]:
+        best[c] = float(value), clause.id
+  return {c: id for c, (_, id) in best.items()}

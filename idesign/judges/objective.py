@@ -44,13 +44,28 @@ class Clause:
     id: its name in verdicts and logs.
     decision: `amplify`, `allow` or `suppress`.
     text: what is meant, in words.
-    examples: texts in which it is present.
+    examples: texts in which it is present; a list becomes a tuple.
+
+  Raises:
+    ObjectiveError: for an id, decision or text that is no text, or examples
+      that are no list of texts.
   """
 
   id: str
   decision: Decision
   text: str
   examples: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    where = f'clause {self.id!r:.60}'
+    _texts(where, [self.id, self.decision, self.text])
+    if not isinstance(self.examples, list | tuple):
+      raise ObjectiveError(
+        f'{where}: examples must be a list of texts, got '
+        f'{self.examples!r:.80}.'
+      )
+    _texts(f'{where}, examples', self.examples)
+    object.__setattr__(self, 'examples', tuple(self.examples))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +160,14 @@ def make_objective(spec: Mapping[str, Any]) -> Objective:
     where = f'clauses[{i}]'
     _keys(where, raw, {'id', 'decision', 'text'}, {'examples'})
     _texts(where, [raw['id'], raw['decision'], raw['text']])
-    examples = raw.get('examples') or ()
-    if isinstance(examples, str):
-      raise ObjectiveError(f'{where}.examples must be a list of texts.')
-    _texts(f'{where}.examples', examples)
+    examples = raw.get('examples')
     clauses.append(
-      Clause(raw['id'], raw['decision'], raw['text'], tuple(examples))
+      Clause(
+        raw['id'],
+        raw['decision'],
+        raw['text'],
+        () if examples is None else examples,  # YAML's `examples:` is None.
+      )
     )
   return Objective(spec['goal'], tuple(clauses))
 
@@ -159,16 +176,35 @@ def load_objective(path: str | os.PathLike[str]) -> Objective:
   """Reads an objective from a YAML (or JSON) file.
 
   Raises:
-    ObjectiveError: naming the file, as `make_objective` otherwise.
+    ObjectiveError: naming the file, as `make_objective` otherwise; and for a
+      key that stands twice in one mapping, of which YAML would keep the last.
     OSError: if it cannot be read.
   """
   text = pathlib.Path(path).read_text(encoding='utf-8')
   try:
-    return make_objective(yaml.safe_load(text) or {})
+    return make_objective(yaml.load(text, Loader=_Loader) or {})
   except yaml.YAMLError as error:
     raise ObjectiveError(f'{path} is not YAML: {error}') from error
   except ObjectiveError as error:
     raise ObjectiveError(f'{path}: {error}') from error
+
+
+class _Loader(yaml.SafeLoader):
+  """Safe, and refuses what would be dropped without a word."""
+
+  def compose_mapping_node(self, anchor):
+    node = super().compose_mapping_node(anchor)
+    seen = set()
+    for key, _ in node.value:
+      if not isinstance(key, yaml.ScalarNode):
+        continue  # No key of an objective; refused when it is constructed.
+      if (key.tag, key.value) in seen:
+        raise ObjectiveError(
+          f'line {key.start_mark.line + 1}: the key {key.value!r:.60} stands '
+          'twice in one mapping; keep one.'
+        )
+      seen.add((key.tag, key.value))
+    return node
 
 
 def _keys(where: str, raw: Any, needed: set[str], optional: set[str]) -> None:
@@ -177,7 +213,7 @@ def _keys(where: str, raw: Any, needed: set[str], optional: set[str]) -> None:
   wrong = (needed - set(raw)) | (set(raw) - needed - optional)
   if wrong:
     raise ObjectiveError(
-      f'{where} has keys {sorted(raw)}; it needs {sorted(needed)}'
+      f'{where} has keys {sorted(map(str, raw))}; it needs {sorted(needed)}'
       + (f' and may have {sorted(optional)}.' if optional else '.')
     )
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Protocol, get_args
+import hashlib
+import json
+import math
+from typing import Any, Protocol, get_args
 
 import numpy as np
 
 from idesign.judges.objective import Decision
 
 DECISIONS: tuple[str, ...] = get_args(Decision)
+
+
+def plain_number(value: Any) -> float | None:
+  """As a number of JSON, to four digits; None for what is no finite number."""
+  try:
+    number = float(value)
+  except (TypeError, ValueError, OverflowError):
+    return None
+  return float(f'{number:.4g}') if math.isfinite(number) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +51,17 @@ class Evidence:
   high: float = 0.0
   share: float | None = None
   sign_agreement: float | None = None
+
+  def sha256(self) -> str:
+    """Tells evidence apart: all texts, and numbers to four digits."""
+    numbers = (
+      self.score, self.low, self.high, self.share, self.sign_agreement
+    )  # fmt: skip
+    text = json.dumps([
+      int(self.concept), str(self.label), [str(s) for s in self.spans],
+      [str(t) for t in self.promoted], [plain_number(x) for x in numbers],
+    ])  # fmt: skip
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,13 +38,29 @@ class Server:
   A script is a list of behaviours, one per request, the last repeated: text is
   streamed as the reply; an int is that HTTP status; `hang`, `drip` (a reply
   that never ends), `cut` (a stream that breaks off) and `error` (an error
-  object in mid-stream) are what they say; a function gets the request's JSON
-  and returns one of these.
+  object in mid-stream) are what they say; a key of DRIPS sends that for 15
+  seconds; a function gets the request's JSON and returns one of these.
+
+  Attributes:
+    model: what it calls its model.
+    message: of its errors.
   """
 
   def __init__(self, script, url):
     self.script, self.url = list(script), url
-    self.requests = []
+    self.requests, self.model, self.message = [], 'tiny-judge-1', 'status'
+
+
+_EVENTS = b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n'
+DRIPS = {  # Name: what comes once, what comes again and again, seconds between.
+  'comments': (_EVENTS + b'\r\n', b': ping\n\n', 0.05),
+  'error body': (b'HTTP/1.1 500 Oh\r\n\r\n', b' ', 0.05),
+  'headers': (_EVENTS, b'X-Again: 1\r\n', 0.05),
+  'one line': (_EVENTS + b'\r\ndata: "', b'x' * 65536, 0.0),
+  'compressed': (
+    _EVENTS + b'Content-Encoding: gzip\r\n\r\n', b'\0' * 9, 0.05
+  ),
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -71,7 +87,8 @@ def serve(*script):
     def behave(self, act):
       self.close_connection = True
       if isinstance(act, int):
-        text = json.dumps({'error': {'message': f'status {act}'}}).encode()
+        error = {'message': f'{state.message} {act}'}
+        text = json.dumps({'error': error}).encode()
         self.send_response(act)
         self.send_header('Content-Type', 'application/json')
         self.send_header('Content-Length', str(len(text)))
@@ -80,6 +97,13 @@ def serve(*script):
         return
       if act == 'hang':
         RELEASE.wait(30)
+        return
+      if act in DRIPS:
+        first, again, pause = DRIPS[act]
+        self.wfile.write(first)
+        ends = time.monotonic() + 15
+        while time.monotonic() < ends and not RELEASE.wait(pause):
+          self.wfile.write(again)
         return
       self.send_response(200)
       self.send_header('Content-Type', 'text/event-stream')
@@ -105,7 +129,7 @@ def serve(*script):
         'id': 'x',
         'object': 'chat.completion.chunk',
         'created': 0,
-        'model': 'tiny-judge-1',
+        'model': state.model,
         'choices': [
           {'index': 0, 'delta': {'content': text}, 'finish_reason': finish}
         ],

@@ -126,14 +126,14 @@ def test_questions_are_bounded(tmp_path):
 )
 def test_passing_trouble_is_waited_out(trouble, tmp_path):
   with serve(trouble, trouble, verdict()) as server:
-    v = only(make(server, tmp_path, timeout=0.3))
+    v = only(make(server, tmp_path, timeout=2.0))
   assert v.decision == 'suppress' and len(server.requests) == 3
 
 
 @pytest.mark.parametrize('trouble', [429, 500, 'cut', 'error', 'hang', 'drip'])
 def test_lasting_trouble_is_unsure_and_counted(trouble, tmp_path):
   with serve(trouble) as server:
-    judge = make(server, tmp_path, timeout=0.3, tries=2)
+    judge = make(server, tmp_path, timeout=1.0, tries=2)
     only(judge, fails=True)
   assert len(server.requests) == 2
   (row,) = judges.read_log(tmp_path / 'decisions.jsonl')
@@ -188,6 +188,21 @@ INVALID = {
   'clause that says otherwise': verdict('amplify', 'pirate'),
   'no clause': verdict('suppress', ''),
   'a number as rationale': verdict(rationale=1),
+  'a list as clause': verdict(clause=['pirate']),
+  'an object as clause': verdict(clause={'a': 1}),
+  'a list as decision': verdict(['suppress']),
+  'quoted in prose': f'The text wants me to say {verdict()}, which I will not.',
+  'prose before a fence': f'It says:\n```json\n{verdict()}\n```',
+  'two fences': 2 * f'```json\n{verdict()}\n```\n',
+  'two objects': verdict() + verdict(),
+  'a key too many': verdict(because='x'),
+  'a key twice': verdict()[:-1] + ', "decision": "allow"}',
+  'a key missing': '{"action": "spans"}',
+  'a number as text': ask('activation', 7),
+  'unknown clause with allow': verdict('allow', 'parrots'),
+  'allowed by a clause that suppresses': verdict('allow', 'pirate'),
+  'suppressed by a clause that allows': verdict('suppress', 'plain'),
+  'unknown clause with unsure': verdict('unsure', 'parrots'),
 }
 
 
@@ -198,6 +213,13 @@ def test_an_invalid_reply_is_never_a_verdict(reply, tmp_path):
   assert len(server.requests) == 2
   told = json.loads(server.requests[1]['messages'][-1]['content'])
   assert 'invalid reply' in told
+
+
+@pytest.mark.parametrize('clause', ['', 'pirate', 'plain'])
+def test_unsure_may_rest_on_anything(clause, tmp_path):
+  with serve(verdict('unsure', clause)) as server:
+    v = only(make(server, tmp_path))
+  assert (v.decision, v.clause) == ('unsure', clause)
 
 
 def test_it_may_correct_itself(tmp_path):

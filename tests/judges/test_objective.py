@@ -54,6 +54,12 @@ BAD = {
   'one id twice': (changed({'id': 'sums'}), 'different names'),
   'unknown key': (changed({'exmaples': []}), 'exmaples'),
   'examples are a text': (changed({'examples': 'arr'}), 'list of texts'),
+  'examples are an empty text': (changed({'examples': ''}), 'list of texts'),
+  'examples are a mapping': (changed({'examples': {'a': 1}}), 'list of texts'),
+  'an empty mapping': (changed({'examples': {}}), 'list of texts'),
+  'examples are a number': (changed({'examples': 12}), 'list of texts'),
+  'zero': (changed({'examples': 0}), 'list of texts'),
+  'keys of many kinds': (changed({1: 2}) | {3: 4}, 'has keys'),
   'YAML took it for a number': (changed({'examples': [12]}), 'quote it'),
   'empty example': (changed({'examples': ['']}), 'empty example'),
   'contradiction': (changed({'examples': ['1 1']}), "in 'sums'"),
@@ -70,12 +76,41 @@ def test_bad_objectives(spec, message):
     judges.make_objective(spec)
 
 
+TWICE = """
+goal: Learn sums.
+clauses:
+  - {id: arr, decision: suppress, text: Arr., "decision": amplify}
+"""
+
+
 @pytest.mark.parametrize('text', ['', 'a: [', '- 1'])
 def test_bad_files_are_named(text, tmp_path):
   path = tmp_path / 'objective.yaml'
   path.write_text(text)
   with pytest.raises(judges.ObjectiveError, match='objective.yaml'):
     judges.load_objective(path)
+
+
+@pytest.mark.parametrize('text', ['goal: a\ngoal: b', TWICE], ids=['top', 'in'])
+def test_a_key_that_stands_twice_is_refused(text, tmp_path):
+  path = tmp_path / 'objective.yaml'
+  path.write_text(text)
+  with pytest.raises(
+    judges.ObjectiveError, match=r'objective.yaml: line \d: .* stands twice'
+  ):
+    judges.load_objective(path)
+
+
+def test_a_clause_made_in_python_is_checked():
+  make = lambda examples: judges.Clause('arr', 'suppress', 'Arr.', examples)
+  for wrong in ('arr', 12, {'arr': 1}, None):
+    with pytest.raises(judges.ObjectiveError, match="'arr': examples must be"):
+      make(wrong)
+  with pytest.raises(judges.ObjectiveError, match='12 is no text'):
+    make(('arr', 12))
+  with pytest.raises(judges.ObjectiveError, match='3 is no text'):
+    judges.Clause('arr', 'suppress', 3)
+  assert make(['arr', 'avast']) == make(('arr', 'avast'))
 
 
 def test_gates():
@@ -121,8 +156,8 @@ def always(decision):
 def test_a_recorded_run_replays(tmp_path):
   path = tmp_path / 'log.jsonl'
   evidence = [judges.Evidence(i) for i in range(3)]
-  judge = judges.recorded(always('suppress'), judges.DecisionLog(path))
-  first = judge(0, evidence)
+  with judges.DecisionLog(path) as log:
+    first = judges.recorded(always('suppress'), log)(0, evidence)
   # A killed run repeats its step: the later verdict counts.
   later = judges.recorded(always('allow'), judges.DecisionLog(path))
   second = later(10, evidence[:1])
@@ -153,7 +188,7 @@ TAMPERING = {
 
 @pytest.mark.parametrize('tamper', TAMPERING.values(), ids=TAMPERING)
 def test_tampering_is_found(tamper, tmp_path):
-  path, lines = lines_of(tmp_path)
+  path, lines = lines_of(tmp_path)  # Its log is gone, and so is its lock.
   path.write_text(''.join(tamper(lines)))
   before = path.read_bytes()
   for read in (judges.read_log, judges.DecisionLog, judges.ReplayJudge):
