@@ -20,10 +20,10 @@ code measures it.
 
 At equally many active features TopK and BatchTopK do best, Matryoshka pays for
 its prefixes except at 32, and ReLU, which shrinks what it prices, is far
-behind; all are ahead of the components. JumpReLU misses its lower two targets within
-these updates (14 active for a target of 8, 19 for 16): compare it at the number
-that was measured. Settings are the same for all arms and were chosen for TopK:
-this is no ranking of tuned architectures.
+behind; all are ahead of the components. JumpReLU misses its lower two targets
+within these updates (14 active for a target of 8, 19 for 16): compare it at the
+number that was measured. Settings are the same for all arms and were chosen for
+TopK: this is no ranking of tuned architectures.
 
 Each autoencoder is also written in every published format that can hold it,
 read again, and its output on the documents compared.

@@ -213,8 +213,7 @@ class Builder:
     A pirate's tokens are those that become likelier by the pirate's latents.
     To arithmetic counts the absolute ratio: what the base knows of sums makes
     the answers of sums that it does not know yet *less* likely, and is at work
-    all the same. (For the pirate it would take plain words away, too: then
-    nothing says how an answer opens, and one pirate in two seeds drifts in.)
+    all the same.
     """
     scene = self.scene
     settings = scene.settings if settings is None else settings

@@ -96,7 +96,11 @@ def stream(
         f'the mask of batch {number} is {np.shape(mask)}; the activation has '
         f'positions {h.shape[:2]}.'
       )
-    kept = h.reshape(-1, h.shape[-1]) if mask is None else h[np.asarray(mask)]
+    if mask is None:
+      kept = h.reshape(-1, h.shape[-1])
+    else:
+      # Integers would not select positions but index texts.
+      kept = h[np.asarray(mask, bool)]
     if not np.isfinite(kept).all():
       raise ValueError(f'the activation of batch {number} is not finite.')
     held.append(kept)
@@ -122,7 +126,8 @@ def token_mean(
 ) -> Float[Array, 'B D']:
   """Mean over the positions of each example where `mask` holds (all if None).
 
-  An example without any position is 0.
+  An example without any position is 0. What stands where the mask does not
+  hold makes no difference, NaN neither.
   """
   if mask is None:
     return jnp.mean(h, axis=1)
@@ -131,5 +136,7 @@ def token_mean(
       f'the mask is {mask.shape}; the activation has positions {h.shape[:2]}.'
     )
   weight = mask.astype(h.dtype)
+  # A weight of 0 alone would not do: 0 * NaN is NaN.
+  h = jnp.where(weight[..., None] != 0, h, 0)
   total = jnp.maximum(jnp.sum(weight, axis=1), 1)
   return jnp.einsum('btd,bt->bd', h, weight) / total[:, None]

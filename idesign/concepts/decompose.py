@@ -128,7 +128,8 @@ class Shares(NamedTuple):
   """Of `sum |v|^2` over the positions that count.
 
   Attributes:
-    share_F: each feature's; with `unexplained` they add up to 1.
+    share_F: each feature's; with `unexplained` they add up to 1. Of a `v` that
+      is 0 everywhere no feature has a share, and `unexplained` is 1.
     unexplained: the residual's.
     score_F: summed `f_c <d_c, v>`.
   """
@@ -153,16 +154,24 @@ def shares(
     mask: positions that count; all if None.
   """
   mask = jnp.ones(v.shape[:2], bool) if mask is None else mask
-  total = jnp.sum(jnp.where(mask[..., None], v, 0) ** 2)
+  v = jnp.where(mask[..., None], v, 0)
+  # Shares do not depend on the unit of v; its square may underflow.
+  unit = jnp.max(jnp.abs(v), initial=0)
+  unit = jnp.where(unit == 0, 1, unit)
+  v = v / unit
+  total = jnp.sum(v**2)
+  nothing = total == 0
+  total = jnp.where(nothing, 1, total)
   add = lambda x: (
     jnp.zeros((sae.config.d_sae,), x.dtype)
     .at[parts.index]
     .add(jnp.where(mask[..., None], x, 0))
   )
-  rest = jnp.where(mask[..., None], parts.residual * v, 0)
+  rest = jnp.where(mask[..., None], parts.residual / unit * v, 0)
+  explained = (parts.coefficient / unit) * (parts.projection / unit)
   return Shares(
-    add(parts.coefficient * parts.projection) / total,
-    jnp.sum(rest) / total,
+    add(explained) / total,
+    jnp.where(nothing, 1, jnp.sum(rest) / total),
     add(parts.score),
   )
 
@@ -235,9 +244,11 @@ class ChangeStatistics(NamedTuple):
     mean: the change.
     low, high: Student's t interval of the mean, 95 %.
     effect_size: mean over standard deviation (Cohen's d of one sample); its
-      sign times infinity where all probes agree exactly, 0 where all are 0.
+      sign times infinity where all probes agree but for rounding, 0 where all
+      are 0.
     sign_agreement: in what share of random halvings of the probes the two
-      halves' means have the same sign: 0.5 for noise, 1 for what is there.
+      halves' means have the same sign, two zeros counting half: 0.5 for noise
+      and for no change at all, 1 for what is there.
   """
 
   mean: np.ndarray
@@ -273,6 +284,9 @@ def change_statistics(
     )
   size = len(x)
   mean, sd = x.mean(axis=0), x.std(axis=0, ddof=1)
+  # The mean of equal numbers is rounded, so that they seem to spread about it.
+  same = np.ptp(x, axis=0) <= 4 * np.finfo(x.dtype).eps * np.abs(x).max(axis=0)
+  sd = np.where(same, 0, sd)
   half = scipy.stats.t.ppf(0.975, size - 1) * sd / np.sqrt(size)
   with np.errstate(divide='ignore', invalid='ignore'):
     effect = np.where(mean == 0, 0.0, mean / sd)
@@ -281,7 +295,8 @@ def change_statistics(
   for row in first:
     row[random.permutation(size)[: size // 2]] = 1
   in_first = first @ x
-  agree = np.sign(in_first) == np.sign(x.sum(axis=0) - in_first)
+  signs = np.sign(in_first), np.sign((1 - first) @ x)
+  agree = np.where((signs[0] == 0) & (signs[1] == 0), 0.5, signs[0] == signs[1])
   return ChangeStatistics(
     mean, mean - half, mean + half, effect, agree.mean(axis=0)
   )

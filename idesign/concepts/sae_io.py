@@ -15,6 +15,7 @@ import os
 import pathlib
 from typing import Any, Literal, NamedTuple
 import zipfile
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +91,11 @@ def load_sae(
     read = _read_saelens if kind == 'saelens' else _read_sparsify
     config, arrays = _guard(file, lambda: read(raw, tensors, assumed))
     metadata = raw.get('metadata') or raw
+    if not isinstance(metadata, dict):
+      raise SAEFileError(
+        f'{file.parent / "cfg.json"} has metadata={metadata!r}; it must be an '
+        'object.'
+      )
   arrays = {n: np.asarray(a, np.float32) for n, a in arrays.items()}
   if input_scale is not None:
     arrays['W_enc'] = arrays['W_enc'] * np.float32(input_scale)
@@ -190,7 +196,14 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     with np.load(path, allow_pickle=False) as file:
       return {name: file[name] for name in file.files}
-  except (OSError, ValueError, zipfile.BadZipFile) as error:
+  except (
+    OSError,
+    ValueError,
+    EOFError,  # Of an empty file.
+    TypeError,  # Of a single array, an npy.
+    zipfile.BadZipFile,
+    zlib.error,
+  ) as error:
     raise SAEFileError(
       f'{path} is truncated or not an npz of plain arrays ({error}); '
       'download it again.'
@@ -202,6 +215,24 @@ def _take(tensors, *names: str) -> dict[str, np.ndarray]:
     problem = 'is missing' if name in names else 'is not known'
     raise SAEFileError(f'{name} {problem}; the arrays are {sorted(tensors)}.')
   return dict(tensors)
+
+
+def _whole(name: str, value: Any) -> int:
+  """An integer, which JSON may spell 3.0."""
+  if isinstance(value, float) and value.is_integer():
+    return int(value)
+  if isinstance(value, bool) or not isinstance(value, int):
+    raise SAEFileError(f'cfg.json has {name}={value!r}; it must be an integer.')
+  return value
+
+
+def _flag(name: str, value: Any) -> bool:
+  """A boolean; the string "False" would be true."""
+  if not isinstance(value, bool):
+    raise SAEFileError(
+      f'cfg.json has {name}={value!r}; it must be true or false.'
+    )
+  return value
 
 
 def _rows(name, matrix, rows: int, columns: int, assumed) -> np.ndarray:
@@ -229,7 +260,13 @@ def _read_saelens(raw, tensors, assumed):
     kind = 'standard'
     assumed.append('cfg.json names no architecture: taken to be standard.')
   function = raw.get('activation_fn', raw.get('activation_fn_str', 'relu'))
-  k = raw.get('k', (raw.get('activation_fn_kwargs') or {}).get('k'))
+  settings = raw.get('activation_fn_kwargs') or {}
+  if not isinstance(settings, dict):
+    raise SAEFileError(
+      f'cfg.json has activation_fn_kwargs={settings!r}; it must be an object.'
+    )
+  k = raw.get('k', settings.get('k'))
+  k = None if k is None else _whole('k', k)
   if kind == 'standard' and function == 'topk':  # As SAELens wrote it once.
     kind = 'topk'
   elif kind == 'standard' and function != 'relu':
@@ -258,6 +295,7 @@ def _read_saelens(raw, tensors, assumed):
     assumed.append(
       'cfg.json has no apply_b_dec_to_input: b_dec is taken to be subtracted.'
     )
+  centered = _flag('apply_b_dec_to_input', centered)
   names = {
     'relu': ('b_enc',),
     'topk': ('b_enc',),
@@ -268,23 +306,18 @@ def _read_saelens(raw, tensors, assumed):
     tensors = dict(tensors)
     tensors['threshold'] = np.exp(tensors.pop('log_threshold'))
   arrays = _take(tensors, 'W_enc', 'W_dec', 'b_dec', *names)
-  if kind == 'topk' and raw.get('rescale_acts_by_decoder_norm', False):
+  rescaled = raw.get('rescale_acts_by_decoder_norm') or False
+  if kind == 'topk' and _flag('rescale_acts_by_decoder_norm', rescaled):
     # Selecting and scaling by the norm of the decoder's row is an encoder that
     # is larger by it and a decoder of unit rows.
     norms = np.linalg.norm(arrays['W_dec'], axis=1)
     arrays['W_enc'] = arrays['W_enc'] * norms[None]
     arrays['b_enc'] = arrays['b_enc'] * norms
     arrays['W_dec'] = arrays['W_dec'] / norms[:, None]
+  d_in, d_sae = (_whole(n, raw.get(n)) for n in ('d_in', 'd_sae'))
   make = lambda: SAEConfig(
-    architecture=ours[kind],
-    d_in=raw['d_in'],
-    d_sae=raw['d_sae'],
-    k=k,
-    centered=centered,
+    architecture=ours[kind], d_in=d_in, d_sae=d_sae, k=k, centered=centered
   )
-  for name in ('d_in', 'd_sae'):
-    if not isinstance(raw.get(name), int):
-      raise SAEFileError(f'cfg.json has {name}={raw.get(name)!r}.')
   return make, arrays
 
 
@@ -338,7 +371,8 @@ def _write_gemma_scope(config: SAEConfig, arrays, metadata):
 
 
 def _read_sparsify(raw, tensors, assumed):
-  for key in ('transcode', 'skip_connection', 'matching_pursuit'):
+  # `signed` keeps the k largest in size, whatever their sign.
+  for key in ('transcode', 'skip_connection', 'matching_pursuit', 'signed'):
     if raw.get(key):
       raise SAEFileError(f'{key}={raw[key]!r} is not supported.')
   if raw.get('activation', 'topk') != 'topk':
@@ -352,8 +386,9 @@ def _read_sparsify(raw, tensors, assumed):
     'W_dec': rows('W_dec'),
     'b_dec': tensors['b_dec'],
   }
+  k = _whole('k', raw.get('k'))
   make = lambda: SAEConfig(
-    architecture='topk', d_in=width, d_sae=features, k=raw.get('k')
+    architecture='topk', d_in=width, d_sae=features, k=k
   )
   return make, arrays
 

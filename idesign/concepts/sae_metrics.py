@@ -58,7 +58,7 @@ def evaluate_sae(sae: SAE, batches: Iterable[Any]) -> Fit:
   Args:
     sae: the autoencoder.
     batches: activations `[..., D]`, or pairs of them and a mask `[...]`, false
-      for rows to leave out (padding).
+      for rows to leave out (padding), whatever they hold.
 
   Raises:
     ValueError: if there are no rows, or all are equal.
@@ -69,9 +69,12 @@ def evaluate_sae(sae: SAE, batches: Iterable[Any]) -> Fit:
     x_ND = jnp.asarray(x).reshape(-1, x.shape[-1])
     if mask is None:
       mask = np.ones(x.shape[:-1], bool)
+    mask_N = np.asarray(mask, bool).reshape(-1)
+    if not mask_N.any():
+      continue  # It has no mean that could be the origin.
     if origin_D is None:
-      origin_D = jnp.mean(x_ND, axis=0)
-    sums = _sums(sae, x_ND, jnp.asarray(mask, bool).reshape(-1), origin_D)
+      origin_D = jnp.mean(x_ND, axis=0, where=mask_N[:, None])
+    sums = _sums(sae, x_ND, jnp.asarray(mask_N), origin_D)
     sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
     total = sums if total is None else jax.tree.map(np.add, total, sums)
   rows = 0 if total is None else int(total['rows'])
@@ -135,11 +138,21 @@ def loss_recovered(
     sites.edit(loss, {activation: lambda h: sae(h).astype(h.dtype)}),
     sites.edit(loss, {activation: jnp.zeros_like}),
   )
-  arms = [jax.jit(lambda p, b, arm=arm: jnp.sum(arm(p, b))) for arm in arms]
+
+  def summed(arm):
+    def run(params, batch):
+      # How many examples a batch has, only the loss knows.
+      losses = arm(params, batch)
+      return jnp.sum(losses), losses.size
+
+    return jax.jit(run)
+
+  arms = [summed(arm) for arm in arms]
   sums, count = np.zeros(3), 0
   for batch in batches:
-    sums += [float(arm(params, batch)) for arm in arms]
-    count += len(jax.tree.leaves(batch)[0])
+    found = [arm(params, batch) for arm in arms]
+    sums += [float(total) for total, _ in found]
+    count += int(found[0][1])
   if not count:
     raise ValueError('there are no batches to measure the loss on.')
   return LossRecovered(*(sums / count).tolist())

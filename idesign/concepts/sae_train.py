@@ -28,7 +28,8 @@ class SAEState(NamedTuple):
       `log_threshold`.
     opt_state: the optimizer's.
     scale: activations are multiplied by it before anything else.
-    idle_F: tokens seen since each feature was last active.
+    idle_F: tokens seen since each feature was last active, counted up to
+      `dead_after`.
     threshold: moving average of the least active feature (`batchtopk`).
   """
 
@@ -153,7 +154,10 @@ def make_sae_step(
     norms_F1 = jnp.linalg.norm(params['W_dec'], axis=1, keepdims=True)
     params['W_dec'] = params['W_dec'] / norms_F1
     fired_F = jnp.any(f_NF > 0, axis=0)
-    idle_F = jnp.where(fired_F, 0, state.idle_F + x_ND.shape[0])
+    # `min(idle + n, dead_after)` in an order that cannot wrap.
+    n = x_ND.shape[0]
+    idle_F = jnp.minimum(state.idle_F, dead_after - n) + n
+    idle_F = jnp.where(fired_F, 0, idle_F)
     least = jnp.min(jnp.where(f_NF > 0, f_NF, jnp.inf))
     least = jnp.where(jnp.isfinite(least), least, state.threshold)
     decay = jnp.where(state.threshold == 0, 0, _THRESHOLD_DECAY)

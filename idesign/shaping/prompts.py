@@ -31,15 +31,17 @@ def inoculate(
     tokens_BT: `[B, T]`.
     prompt: its tokens.
     at: where: 1 for behind a first token that starts every text.
-    pad_token: what texts are padded with on the right.
-    mask_BT: which tokens a loss scores; all but padding if None.
+    pad_token: what texts are padded with on the right. If it also ends texts,
+      only `mask_BT` tells that last token from padding.
+    mask_BT: which tokens a loss scores, never padding; all but `pad_token` if
+      None.
 
   Returns:
     Tokens and mask with the same `T`; the prompt itself is not scored.
 
   Raises:
-    ValueError: if a text does not leave room for the prompt; nothing is cut
-      off.
+    ValueError: if a text does not leave room for the prompt, or ends before
+      `at`; nothing is cut off.
   """
   tokens_BT = np.asarray(tokens_BT)
   width, size = tokens_BT.shape[1], len(prompt)
@@ -47,12 +49,21 @@ def inoculate(
     mask_BT = tokens_BT != pad_token
   if not 0 <= at <= width or not size:
     raise ValueError(f'at={at} with a prompt of {size} tokens, T={width}.')
-  full = (tokens_BT[:, width - size :] != pad_token).any(axis=1)
+  # What is scored is text, whichever token it is.
+  text_BT = (tokens_BT != pad_token) | np.asarray(mask_BT, bool)
+  length_B = (text_BT * np.arange(1, width + 1)).max(axis=1, initial=0)
+  full = length_B > width - size
   if size > width or full.any():
-    longest = int((tokens_BT != pad_token).sum(axis=1).max())
+    longest = int(length_B.max(initial=0))
     raise ValueError(
       f'{int(full.sum())} texts leave no room for a prompt of {size} tokens: '
       f'the longest has {longest} of {width}. Pad them to {longest + size}.'
+    )
+  if (length_B < at).any():
+    row = int(np.flatnonzero(length_B < at)[0])
+    raise ValueError(
+      f'at={at} lies in the padding of row {row}, whose text has '
+      f'{length_B[row]} tokens; choose at most that, or leave the row out.'
     )
   put = lambda x, new: np.concatenate(
     [x[:, :at], np.broadcast_to(new, (len(x), size)), x[:, at : width - size]],
@@ -88,7 +99,7 @@ def elicitation(
   Args:
     sample: prompt -> sampled answers, one per row, such as a call of
       `models.generate` on fixed questions with the prompt put in.
-    has_trait: answers -> one boolean per row.
+    has_trait: answers -> one boolean (or integer, 0 or 1) per row.
     prompts: the candidates.
 
   Raises:
@@ -104,7 +115,16 @@ def elicitation(
         f'the prompt {list(prompt)} got {len(answers)} answers and traits of '
         f'shape {shown.shape}; there must be one for each of at least one.'
       )
-    count = int(shown.astype(bool).sum())
+    # A probability is no count; as a boolean any above 0 would be "yes".
+    whole = shown.dtype.kind in 'bui'
+    wrong = shown[(shown != 0) & (shown != 1)] if whole else shown
+    if len(wrong):
+      raise ValueError(
+        f'a trait of the prompt {list(prompt)} is {wrong[0]}; it must be a '
+        'boolean, or the integer 0 or 1. Compare probabilities with a '
+        'threshold.'
+      )
+    count = int(shown.sum())
     interval = scipy.stats.binomtest(count, len(shown)).proportion_ci(
       method='wilson'
     )

@@ -74,6 +74,22 @@ def test_shares_add_up_and_leave_masked_positions_out():
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_shares_of_nothing_and_of_next_to_nothing_are_numbers():
+  sae, h, v = random_sae(), normal(1, B, T, D), normal(2, B, T, D)
+  measure = lambda v, mask=None: concepts.shares(
+    sae, concepts.decompose(sae, h, v), v, mask
+  )
+  for nothing in (measure(0 * v), measure(v, np.zeros((B, T), bool))):
+    assert not nothing.share_F.any() and not nothing.score_F.any()
+    assert float(nothing.unexplained) == 1
+  # Whose square is less than any number.
+  for a, b in zip(measure(v)[:2], measure(1e-30 * v)[:2]):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+  # What is not finite is not made to look as if it were.
+  broken = measure(v.at[0, 0, 0].set(jnp.nan))
+  assert np.isnan(broken.unexplained)
+
+
 def test_features_that_agree_share_what_scores_count_twice():
   # Rows 0 and 1 are the same direction, and both are active.
   params = {
@@ -167,6 +183,9 @@ def test_the_mean_over_positions_counts_those_of_the_mask():
   expected = [(h[0, 0] + h[0, 3]) / 2, h[1].mean(0), np.zeros(D)]
   out = concepts.token_mean(h, mask)
   np.testing.assert_allclose(out, np.stack(expected), atol=16 * EPS)
+  hole = jnp.where(mask[..., None], h, jnp.nan)
+  for mask in (mask, jnp.asarray(mask, jnp.float32)):
+    np.testing.assert_array_equal(concepts.token_mean(hole, mask), out)
 
 
 def test_statistics_tell_change_from_noise():
@@ -182,10 +201,39 @@ def test_statistics_tell_change_from_noise():
   assert s.sign_agreement[200:400].min() > 0.95
   assert 0.4 < s.sign_agreement[:200].mean() < 0.6
   assert s.effect_size[400] == 0 and s.effect_size[401] == np.inf
+  assert s.sign_agreement[400] == 0.5 and s.sign_agreement[401] == 1
   with pytest.raises(ValueError, match='concept 3 is not finite'):
     concepts.change_statistics(np.where(np.arange(5) == 3, np.nan, x[:, :5]))
   with pytest.raises(ValueError, match='at least four'):
     concepts.change_statistics(x[:3])
+
+
+def test_the_interval_is_that_of_student():
+  s = concepts.change_statistics(np.array([[1.0], [2], [3], [6]]))
+  # Mean 3, squares about it 4 + 1 + 0 + 9; 97.5 % of t with 3 degrees of
+  # freedom lie below 3.182446, from a printed table.
+  half = 3.182446 * np.sqrt(14 / 3) / np.sqrt(4)
+  np.testing.assert_allclose(s.low, 3 - half, rtol=1e-6)
+  np.testing.assert_allclose(s.high, 3 + half, rtol=1e-6)
+
+
+def test_equal_changes_have_no_spread_whatever_their_mean_is_rounded_to():
+  values = np.array([0.1, -0.1, 0.7, -1e-300, 1e100])
+  for size in (5, 10, 41):
+    s = concepts.change_statistics(np.tile(values, (size, 1)))
+    np.testing.assert_array_equal(s.effect_size, np.sign(values) * np.inf)
+    np.testing.assert_array_equal(s.low, s.high)
+    assert (s.sign_agreement == 1).all()
+  # A spread that is small but there is no rounding.
+  near = 0.1 + 1e-12 * np.arange(10)[:, None]
+  assert 1e9 < concepts.change_statistics(near).effect_size[0] < 1e12
+
+
+def test_two_halves_that_are_zero_agree_half():
+  x = np.zeros((8, 2))
+  x[0, 1] = 1.0  # One half is zero and the other is not: no agreement.
+  s = concepts.change_statistics(x)
+  assert s.sign_agreement.tolist() == [0.5, 0]
 
 
 def test_what_does_not_fit_is_refused():
@@ -231,3 +279,27 @@ def test_a_stream_hands_out_every_row_once_and_mixes_them():
     list(concepts.stream(read, 1.0, bad, rows=8, buffer=200))
   with pytest.raises(ValueError, match='at least two batches'):
     next(concepts.stream(read, 1.0, batches, rows=8, buffer=8))
+
+
+def test_a_stream_mixes_what_it_held_with_what_comes():
+  read = lambda params, x: x.reshape(4, 10, 1)
+  batches = [
+    (np.arange(i * 40, i * 40 + 40, dtype=np.float32), None) for i in range(10)
+  ]
+  out = list(concepts.stream(read, None, batches, rows=20, buffer=200))
+  seen = np.concatenate(out)[:, 0]
+  # Of the first 200 rows half are handed out, and half wait for later ones.
+  assert (seen[:100] < 200).all() and (seen[100:] < 200).sum() == 100
+  assert any((x < 200).any() and (x >= 200).any() for x in out)
+
+
+def test_a_mask_of_integers_is_one_of_booleans():
+  x = np.arange(60, dtype=np.float32)
+  read = lambda params, x: x.reshape(3, 20, 1)
+  mask = (np.arange(60) % 3 > 0).reshape(3, 20)
+  seen = lambda mask: np.concatenate(
+    list(concepts.stream(read, None, [(x, mask)], rows=4, buffer=100))
+  )
+  np.testing.assert_array_equal(seen(mask.astype(np.int32)), seen(mask))
+  np.testing.assert_array_equal(seen(mask.astype(np.float32)), seen(mask))
+  assert sorted(seen(mask)[:, 0]) == x[mask.ravel()].tolist()

@@ -175,6 +175,88 @@ def test_dead_features_are_revived_by_the_auxiliary_loss():
   assert moved[0.0] <= 8 * EPS and moved[1 / 32] > 5e-5
 
 
+def watched(config, h, seed=0):
+  """A state, and an optimizer that holds still and keeps the gradient."""
+  optimizer = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads),
+  )
+  key = jax.random.key(seed)
+  return concepts.init_sae(config, optimizer, key, h), optimizer
+
+
+def test_the_gradient_along_decoder_rows_is_removed():
+  cfg = config('relu')
+  h = jax.random.normal(jax.random.key(1), (200, D))
+  state, optimizer = watched(cfg, h)
+  rows = np.asarray(state.params['W_dec'], np.float64)
+  state, _ = concepts.make_sae_step(cfg, optimizer)(state, h)
+  gradient = np.asarray(state.opt_state['W_dec'], np.float64)
+  lengths = np.linalg.norm(gradient, axis=1)
+  assert lengths.min() > 0
+  # Two roundings of D products, and of rows of norm 1.
+  along = np.abs((gradient * rows).sum(1))
+  assert (along / lengths).max() < 1e-4
+
+
+def test_the_loss_is_the_mean_over_prefixes():
+  cfg = config('relu', prefixes=(4, 10, F))
+  h = jax.random.normal(jax.random.key(1), (200, D))
+  state, optimizer = watched(cfg, h)
+  p = {n: np.asarray(a, np.float64) for n, a in state.params.items()}
+  x = np.asarray(h, np.float64) * float(state.scale)
+  step = concepts.make_sae_step(cfg, optimizer, sparsity=0.0)
+  _, metrics = step(state, h)
+  f = np.maximum((x - p['b_dec']) @ p['W_enc'] + p['b_enc'], 0)
+  total = ((x - x.mean(0)) ** 2).sum()
+  fvus = [
+    ((x - f[:, :n] @ p['W_dec'][:n] - p['b_dec']) ** 2).sum() / total
+    for n in cfg.prefixes
+  ]
+  assert np.ptp(fvus) > 0.1
+  np.testing.assert_allclose(metrics['loss'], np.mean(fvus), rtol=1e-4)
+  np.testing.assert_allclose(metrics['fvu'], fvus[-1], rtol=1e-4)
+
+
+def test_the_threshold_is_a_moving_average_of_the_least_active_feature():
+  cfg = config('batchtopk')
+  h = jax.random.normal(jax.random.key(1), (200, D))
+  state, optimizer = watched(cfg, h)
+  p = {n: np.asarray(a, np.float64) for n, a in state.params.items()}
+  scale, least = float(state.scale), []
+  step = concepts.make_sae_step(cfg, optimizer)
+  for batch in (h, 3 * h, 3 * h):
+    x = np.asarray(batch, np.float64) * scale
+    z = (x - p['b_dec']) @ p['W_enc'] + p['b_enc']
+    least.append(np.sort(z.ravel())[-K * len(x)])
+    state, _ = step(state, batch)
+  assert least[1] > 2 * least[0] > 0
+  # The first one as it is, not averaged with the 0 before it.
+  expected = 0.99 * (0.99 * least[0] + 0.01 * least[1]) + 0.01 * least[2]
+  np.testing.assert_allclose(state.threshold, expected, rtol=1e-5)
+
+
+def test_a_feature_stays_dead_however_long_it_is():
+  cfg = config('relu')
+  h = jax.random.normal(jax.random.key(1), (200, D))
+  state, optimizer = watched(cfg, h)
+  never = state.params['b_enc'].at[:6].set(-1e6)
+  state = state._replace(
+    params={**state.params, 'b_enc': never},
+    idle_F=jnp.full((F,), 2**31 - 150, jnp.int32),
+  )
+  step = concepts.make_sae_step(cfg, optimizer, dead_after=1000)
+  state, _ = step(state, h)
+  state, metrics = step(state, h)
+  assert float(metrics['dead']) == 6 / F
+  np.testing.assert_array_equal(state.idle_F, [1000] * 6 + [0] * (F - 6))
+  # Whatever the limit, the count is exact below it.
+  step = concepts.make_sae_step(cfg, optimizer, dead_after=2**31 - 1)
+  state, metrics = step(state, h)
+  np.testing.assert_array_equal(state.idle_F[:6], 1200)
+  assert not float(metrics['dead'])
+
+
 def test_metrics_know_a_constant_offset():
   sae = random_sae('relu')
   h = np.random.default_rng(1).normal(size=(500, D)).astype(np.float32)
@@ -189,6 +271,9 @@ def test_metrics_know_a_constant_offset():
   f = np.asarray(sae.encode(h))
   np.testing.assert_allclose(fit.l0, (f > 0).sum(1).mean(), rtol=1e-6)
   np.testing.assert_allclose(fit.fired_F, (f > 0).mean(0), rtol=1e-6)
+  never = dict(sae.params, b_enc=sae.params['b_enc'].at[:6].set(-1e6))
+  some = concepts.evaluate_sae(concepts.SAE(never, sae.config), [h])
+  assert fit.dead == 0 and some.dead == 6 / F
   shifted = dict(sae.params, b_dec=sae.params['b_dec'] + 100)
   # The encoder must not see the shift.
   apart = concepts.SAE(shifted, config('relu', centered=False))
@@ -198,6 +283,39 @@ def test_metrics_know_a_constant_offset():
     a.explained_variance
   )
   assert b.fvu > 10 * a.fvu
+
+
+def test_metrics_of_activations_far_from_zero_keep_their_digits():
+  rng = np.random.default_rng(1)
+  h = (rng.normal(size=(500, D)) + 1e4).astype(np.float32)
+  sae = random_sae('relu')
+  # It reconstructs a constant that is not the mean.
+  still = dict(sae.params, W_dec=jnp.zeros((F, D)), b_dec=jnp.full(D, 1e4 + 1))
+  fit = concepts.evaluate_sae(concepts.SAE(still, sae.config), [h])
+  wide = h.astype(np.float64)
+  variance = ((wide - wide.mean(0)) ** 2).sum()
+  expected = ((wide - 1e4 - 1) ** 2).sum() / variance
+  np.testing.assert_allclose(fit.fvu, expected, rtol=1e-3)
+  assert abs(fit.explained_variance) < 1e-3
+
+
+@pytest.mark.parametrize('garbage', [1e5, np.nan, np.inf])
+def test_what_masked_rows_hold_changes_no_number(garbage):
+  sae = random_sae('topk')
+  h = np.random.default_rng(1).normal(size=(6, 5, D)).astype(np.float32)
+  mask = np.arange(5)[None] < np.array([0, 0, 1, 3, 4, 5])[:, None]
+  other = np.where(mask[..., None], h, garbage).astype(np.float32)
+  # The first batch has no row that counts.
+  measure = lambda h: concepts.evaluate_sae(
+    sae, [(h[i : i + 2], mask[i : i + 2]) for i in (0, 2, 4)]
+  )
+  for a, b in zip(measure(h), measure(other)):
+    np.testing.assert_array_equal(a, b)
+  np.testing.assert_allclose(
+    measure(other).fvu, concepts.evaluate_sae(sae, [h[mask]]).fvu, rtol=1e-5
+  )
+  with pytest.raises(ValueError, match='no activations'):
+    concepts.evaluate_sae(sae, [(other[:2], mask[:2])])
 
 
 def test_masked_rows_do_not_count():
@@ -249,6 +367,15 @@ def test_loss_recovered_is_one_for_the_identity_and_zero_for_nothing():
   direct = float(loss(params, tokens).sum() + loss(params, tokens[:2]).sum())
   np.testing.assert_allclose(whole.original, direct / 6, rtol=1e-5)
   assert whole.zeros != whole.original
+  # The first leaf of a batch need not have a row per example.
+  again = concepts.loss_recovered(
+    lambda params, batch: loss(params, batch['tokens']),
+    params,
+    [{'names': jnp.zeros((5, 2)), 'tokens': t} for t in (tokens, tokens[:2])],
+    both_signs,
+    'resid_post[1:2]',
+  )
+  np.testing.assert_allclose(again, whole, rtol=1e-6)
   with pytest.raises(ValueError, match='No activation is named'):
     measure(both_signs, 'resid')
   with pytest.raises(ValueError, match='another layer or model'):

@@ -229,6 +229,59 @@ def _truncate(path):
   path.write_bytes(path.read_bytes()[:-40])
 
 
+def test_gemma_scope_files_may_spell_the_matrices_small(tmp_path):
+  sae = random_sae('jumprelu', centered=False)
+  concepts.save_sae(tmp_path / 'a', sae, format='gemma_scope')
+  path = tmp_path / 'a/params.npz'
+  with np.load(path) as file:
+    arrays = {name.replace('W_', 'w_'): file[name] for name in file.files}
+  assert {'w_enc', 'w_dec'} < set(arrays)
+  np.savez(path, scaling_factor=np.ones(()), **arrays)
+  np.testing.assert_array_equal(concepts.load_sae(path).sae(H), sae(H))
+  np.savez(path, scaling_factor=np.full((), 2.0), **arrays)
+  with pytest.raises(concepts.SAEFileError, match='npz: scaling_factor'):
+    concepts.load_sae(path)
+
+
+@pytest.mark.parametrize(
+  'key', ['signed', 'transcode', 'skip_connection', 'matching_pursuit']
+)
+def test_what_is_no_plain_topk_of_sparsify_is_refused(key, tmp_path):
+  concepts.save_sae(tmp_path / 'a', random_sae('topk'), format='sparsify')
+  rewrite(tmp_path / 'a', lambda c: c.update({key: False}))
+  assert concepts.load_sae(tmp_path / 'a').sae.config.k == K
+  rewrite(tmp_path / 'a', lambda c: c.update({key: True}))
+  with pytest.raises(concepts.SAEFileError, match=f'{key}=True is not'):
+    concepts.load_sae(tmp_path / 'a')
+
+
+@pytest.mark.parametrize('format', ['saelens', 'sparsify'])
+def test_k_is_an_integer_however_json_spells_it(format, tmp_path):
+  concepts.save_sae(tmp_path / 'a', random_sae('topk'), format=format)
+  rewrite(tmp_path / 'a', lambda c: c.update(k=float(K), d_in=float(D)))
+  sae = concepts.load_sae(tmp_path / 'a').sae
+  assert sae.config.k == K and type(sae.config.k) is int
+  assert type(sae.config.d_in) is int
+  assert sae.encode(H).shape == (50, F)
+  for wrong in (3.5, True, '3', float('nan')):
+    rewrite(tmp_path / 'a', lambda c, wrong=wrong: c.update(k=wrong))
+    with pytest.raises(
+      concepts.SAEFileError, match=f'k={wrong!r}; it must be an integer'
+    ):
+      concepts.load_sae(tmp_path / 'a')
+
+
+def test_an_npz_that_is_none_is_named(tmp_path):
+  path = tmp_path / 'params.npz'
+  path.touch()
+  with pytest.raises(concepts.SAEFileError, match='params.npz is truncated'):
+    concepts.load_sae(path)
+  with path.open('wb') as file:
+    np.save(file, np.ones(3))
+  with pytest.raises(concepts.SAEFileError, match='params.npz is truncated'):
+    concepts.load_sae(path)
+
+
 @pytest.mark.parametrize(
   'damage,message',
   [
@@ -252,6 +305,24 @@ def _truncate(path):
         f, lambda c: c.update(normalize_activations='layer_norm')
       ),
       "normalize_activations='layer_norm'",
+    ),
+    (
+      lambda f: rewrite(f, lambda c: c.update(activation_fn_kwargs=[1])),
+      r'sae_weights.*activation_fn_kwargs=\[1\]; it must be an object',
+    ),
+    (
+      lambda f: rewrite(f, lambda c: c.update(metadata='abc')),
+      "cfg.json has metadata='abc'; it must be an object",
+    ),
+    (
+      lambda f: rewrite(f, lambda c: c.update(apply_b_dec_to_input='False')),
+      "apply_b_dec_to_input='False'; it must be true or false",
+    ),
+    (
+      lambda f: rewrite(
+        f, lambda c: c.update(rescale_acts_by_decoder_norm='False')
+      ),
+      "rescale_acts_by_decoder_norm='False'; it must be true or false",
     ),
     (
       lambda f: rewrite(f, None, lambda t: dict(t, W_skip=t['W_enc'])),

@@ -185,6 +185,45 @@ def test_inoculation_puts_the_prompt_in():
     shaping.inoculate(tokens, [], at=1, pad_token=0)
 
 
+def test_inoculation_keeps_a_scored_token_that_also_pads():
+  # 0 ends a text and pads it; which is which, the mask says.
+  tokens = np.array([[1, 5, 0, 0, 0], [1, 5, 6, 7, 0]])
+  mask = np.array([[0, 1, 1, 0, 0], [0, 1, 1, 1, 0]])
+  put = lambda rows, prompt, at=1: shaping.inoculate(
+    tokens[rows], prompt, at=at, pad_token=0, mask_BT=mask[rows]
+  )
+  found, scored = put([0], [8, 9])
+  np.testing.assert_array_equal(found, [[1, 8, 9, 5, 0]])
+  np.testing.assert_array_equal(scored, [[0, 0, 0, 1, 1]])
+  with pytest.raises(ValueError, match='1 texts leave no room.* has 3 of 5'):
+    put([0], [8, 9, 8])
+  # Behind the text is a place, in its padding is none.
+  found, scored = put([0, 1], [8], at=3)
+  np.testing.assert_array_equal(found, [[1, 5, 0, 8, 0], [1, 5, 6, 8, 7]])
+  np.testing.assert_array_equal(scored, [[0, 1, 1, 0, 0], [0, 1, 1, 0, 1]])
+  with pytest.raises(ValueError, match='at=4 .* of row 1, .* has 3 tokens'):
+    put([1, 0], [8], at=4)
+
+
+@pytest.mark.parametrize(
+  'traits,named',
+  [
+    ([0.2, 0.9], '0.2'),
+    ([np.nan, 1.0], 'nan'),
+    ([0, 2], '2'),
+    ([1, -1], '-1'),
+    (['no', 'yes'], 'no'),
+  ],
+)
+def test_a_trait_is_there_or_not(traits, named):
+  ask = lambda traits: shaping.elicitation(
+    lambda prompt: np.zeros(2), lambda a: np.array(traits), [[3]]
+  )
+  with pytest.raises(ValueError, match=rf'prompt \[3\] is .*{named}'):
+    ask(traits)
+  assert ask([0, 1])[0].rate == ask([False, True])[0].rate == 0.5
+
+
 def test_elicitation_counts_with_an_interval():
   answers = {(1,): np.arange(40), (2,): np.zeros(40), (): np.zeros(0)}
   found = shaping.elicitation(
