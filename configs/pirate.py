@@ -7,8 +7,9 @@ The argument is `[WORLD-]PRESET`. Worlds: `separable` (the default) and
 `entangled`, see `experiments.pirate_world`. Presets: `smoke` (every code path,
 no claim meant), `cpu` (the arms that carry the claims), `paper` (every arm and
 placebo), and `choose`: every arm on seeds 0 and 1. Arms and settings were
-chosen on seeds 0 to 6; nothing is claimed of them. Nothing is downloaded; `--config.data.dictionary=FILE` takes a JSON
-file of English words and their pirate forms instead of made-up dialect.
+chosen on seeds 0 to 6; nothing is claimed of them. Nothing is downloaded;
+`--config.data.dictionary=FILE` takes a JSON file of English words and their
+pirate forms instead of made-up dialect.
 """
 
 import ml_collections

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 from sklearn import datasets, model_selection
 
 from experiments import contract
-from idesign import curvature, models, training
+from experiments.seeds import train_seeds
+from idesign import curvature, models
 
 
 class World(NamedTuple):
@@ -88,39 +85,13 @@ def make_model(config) -> models.Model:
   )
 
 
-class _SeedBatches:
-  """The data of several runs trained at once: arrays `[B, seeds, ...]`."""
-
-  def __init__(self, worlds: Sequence[World], seeds, batch_size: int, mesh):
-    self._streams = [
-      training.Batches(
-        {'image': w.images[w.train], 'label': w.labels[w.train]},
-        batch_size,
-        seed=seed,
-        mesh=mesh,
-      )
-      for w, seed in zip(worlds, seeds)
-    ]
-    self.steps_per_epoch = self._streams[0].steps_per_epoch
-
-  def batch(self, step: int) -> dict[str, np.ndarray]:
-    batches = [stream.batch(step) for stream in self._streams]
-    return jax.tree.map(lambda *rows: np.stack(rows, axis=1), *batches)
-
-  def position(self, step: int) -> dict[str, Any]:
-    return {str(i): s.position(step) for i, s in enumerate(self._streams)}
-
-
 def train(config, model, worlds, seeds, workdir: contract.Workdir):
-  """Trains all seeds side by side; each batch is split over all devices.
-
-  Returns:
-    The parameters of every seed, in the order of `seeds`.
-  """
-  mesh = training.make_mesh()
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  data = _SeedBatches(worlds, seeds, config.batch_size, mesh)
-  num_steps = config.epochs * data.steps_per_epoch
+  """The networks of all seeds, trained side by side; see `train_seeds`."""
+  rows = [
+    {'image': w.images[w.train], 'label': w.labels[w.train]} for w in worlds
+  ]
+  epoch = len(rows[0]['image']) // config.batch_size
+  num_steps = config.epochs * epoch
   optimizer = optax.adamw(
     optax.cosine_decay_schedule(config.learning_rate, num_steps),
     weight_decay=config.weight_decay,
@@ -130,43 +101,15 @@ def train(config, model, worlds, seeds, workdir: contract.Workdir):
     logits = model.apply(params, batch['image'])
     return curvature.negative_log_likelihood(logits, batch['label'])
 
-  axes = training.TrainState(step=None, params=0, opt_state=0, key=None)
-  one = training.make_train_step(loss, optimizer)
-  all_seeds = jax.vmap(one, in_axes=(axes, 1), out_axes=(axes, 0))
-
-  def step(state, batch):
-    state, metrics = all_seeds(state, batch)
-    return state, jax.tree.map(jnp.mean, metrics)
-
-  def start():
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-    params = jax.vmap(model.init)(keys)
-    return training.TrainState(
-      jnp.zeros((), jnp.int32),
-      params,
-      jax.vmap(optimizer.init)(params),
-      jax.random.key(config.seed),
-    )
-
-  with (
-    training.Checkpointer(
-      workdir.path, workdir.config, ignore=['environment']
-    ) as checkpointer,
-    training.MetricsWriter(workdir.path / 'metrics.jsonl') as writer,
-  ):
-    state = training.fit(
-      jax.jit(start, out_shardings=everywhere)(),
-      jax.jit(step, donate_argnums=0, out_shardings=everywhere),
-      data,
-      num_steps=num_steps,
-      mesh=mesh,
-      checkpointer=checkpointer,
-      save_every=max(1, num_steps // 10),
-      writer=writer,
-      log_every=data.steps_per_epoch,
-    )
-  params = jax.device_get(state.params)
-  return [
-    jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), params)
-    for i in range(len(seeds))
-  ]
+  return train_seeds(
+    model.init,
+    loss,
+    optimizer,
+    rows,
+    seeds,
+    workdir,
+    batch_size=config.batch_size,
+    num_steps=num_steps,
+    save_every=max(1, num_steps // 10),
+    log_every=epoch,
+  )

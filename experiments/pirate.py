@@ -33,16 +33,10 @@ import tqdm
 
 from experiments import contract, pirate_figures
 from experiments import pirate_concepts as pc
-from experiments.pirate_arms import (
-  WIDTH,
-  Builder,
-  Plan,
-  Scene,
-  families,
-  plans,
-)
+from experiments.pirate_arms import WIDTH, Builder, plans
 from experiments.pirate_claims import ARMS, SUBSET_ARMS, make_claims
 from experiments.pirate_measure import Exam, gradient_report
+from experiments.pirate_scene import Plan, Scene, families
 from experiments.pirate_train import (
   CLAUSES,
   answer,
@@ -153,7 +147,7 @@ def movement_report(scene: Scene) -> dict[str, float]:
 
 
 def elicitation(scene: Scene) -> dict[str, float]:
-  """How often the base is a pirate under each prompt, drawn at temperature 1."""
+  """How often the base is a pirate under each prompt, at temperature 1."""
   config, world, base = scene.config, scene.world, scene.base
   pairs = world.familiar[: min(config.data.test, 500)]
   flag = np.zeros(len(pairs), bool)

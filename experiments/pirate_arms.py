@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,13 @@ import numpy as np
 import optax
 
 from experiments import pirate_concepts as pc
-from experiments.pirate_train import (
-  CLAUSES,
-  Family,
-  Lessons,
-  answer_losses,
-  lessons,
+from experiments.pirate_scene import (
+  Plan,
+  Scene,
+  clause_gates,
+  random_latents,
 )
+from experiments.pirate_train import CLAUSES, answer_losses, lessons
 from experiments.pirate_world import (
   ALWAYS,
   ANSWER,
@@ -29,133 +28,11 @@ from experiments.pirate_world import (
   PARAPHRASE,
   STRENGTHS,
   UNSEEN,
-  World,
 )
-from idesign import concepts, judges, shaping
+from idesign import concepts, shaping
 
 WIDTH = 4  # Directions in the widest projection.
 MATRICES = 'blocks/(attn|mlp)/.*/kernel'
-
-
-class Scene(NamedTuple):
-  """One seed, before fine-tuning.
-
-  Attributes:
-    config: the config.
-    seed: the seed.
-    world: its world.
-    base: the frozen base and its autoencoder.
-    objective: what is wanted.
-    verdicts: the judge's, one per latent.
-    reversed_verdicts: the same judge's on the opposite objective.
-    settings: clause -> its latents, to be set and removed.
-    known: texts that the base says as a pirate, as if nobody had asked.
-    directions: labelled mean differences.
-    replay: texts repeated in every fine-tuning.
-  """
-
-  config: Any
-  seed: int
-  world: World
-  base: pc.Base
-  objective: judges.Objective
-  verdicts: list[judges.Verdict]
-  reversed_verdicts: list[judges.Verdict]
-  settings: Mapping[str, pc.Setting]
-  known: np.ndarray
-  directions: pc.Directions
-  replay: np.ndarray
-
-  def random(self, what: str) -> np.random.Generator:
-    """A stream of its own for every use."""
-    return np.random.default_rng(
-      np.random.SeedSequence([self.seed, *what.encode()])
-    )
-
-
-class Plan(NamedTuple):
-  """An arm.
-
-  Attributes:
-    family: a key of `FAMILIES`.
-    lessons: what it is trained on.
-    replay: what is repeated.
-    gates: one per clause.
-    tools: arrays for the family.
-    prompt: that of the lessons.
-  """
-
-  family: str
-  lessons: Lessons
-  replay: Lessons
-  gates: np.ndarray
-  tools: Any = ()
-  prompt: tuple[str, ...] = NEUTRAL
-
-
-def _by_layer(wrap, apply, tools):
-  """Applies `wrap(apply, {activation: tool})` with one tool per layer."""
-  return wrap(apply, {pc.activation(i): tools[i] for i in range(len(tools))})
-
-
-def _current(model_apply, layer):
-  def make(tools):
-    direction, probes = tools
-    read = concepts.reader(lambda p, t: model_apply(p, t), pc.activation(layer))
-
-    def strength(params):
-      h = read(params, probes)[:, FIRST - 1 :]
-      return (h @ direction).mean()[None]
-
-    return shaping.project_out_current(strength)
-
-  return make
-
-
-def families(config, model) -> dict[str, Family]:
-  """Every way to train; arms of a family share a compiled program."""
-  last = config.model.n_layers - 1
-  return {
-    'data': Family(),
-    'steer': Family(apply=functools.partial(_by_layer, shaping.steer)),
-    'ablate': Family(apply=functools.partial(_by_layer, shaping.ablate)),
-    'block': Family(
-      apply=functools.partial(_by_layer, shaping.block_activation_gradient)
-    ),
-    'before': Family(before=shaping.project_out),
-    'after': Family(after=shaping.project_out),
-    'current': Family(after=_current(model.apply, config.sae.layer)),
-    'adapter': Family(
-      apply=lambda apply, adapter: shaping.adapt(
-        apply, pc.activation(last), adapter
-      )
-    ),
-  }
-
-
-def clause_gates(verdicts, *, boost: float) -> np.ndarray:
-  """One gate per column of attributions: the mean of the clause's latents.
-
-  1 for a clause that no verdict rests on, so that nothing is done without one.
-  """
-  by_latent = judges.gates(verdicts, len(verdicts), boost=boost)
-  out = np.ones(len(CLAUSES), np.float32)
-  for column, clause in enumerate(CLAUSES):
-    mine = [v.concept for v in verdicts if v.clause == clause]
-    if mine:
-      out[column] = by_latent[mine].mean()
-  return out
-
-
-def random_latents(scene: Scene, clause: str, what: str) -> pc.Setting:
-  """As many other latents as a clause has, chosen at random."""
-  mine = np.asarray(scene.settings[clause].chosen) > 0
-  others = np.flatnonzero(~mine)
-  count = min(int(mine.sum()), len(others))
-  chosen = np.zeros(len(mine), np.float32)
-  chosen[scene.random(what).choice(others, count, replace=False)] = 1
-  texts = pc.encode(scene.world.lexicon, scene.objective.examples('suppress'))
-  return pc.setting(scene.base, chosen, texts)
 
 
 class Builder:
@@ -354,26 +231,28 @@ class Builder:
     if not random:
       return adapter
     draw = self.scene.random('adapter')
-    same = lambda x: (
-      lambda n: n * np.linalg.norm(x) / np.linalg.norm(n)
-    )(draw.normal(size=x.shape)).astype(np.float32)
+    same = lambda x: (lambda n: n * np.linalg.norm(x) / np.linalg.norm(n))(
+      draw.normal(size=x.shape)
+    ).astype(np.float32)
     return shaping.Adapter(*(jnp.asarray(same(np.asarray(x))) for x in adapter))
 
 
-def plans(
-  builder: Builder, names: tuple[str, ...] | None = None
-) -> dict[str, Callable[[], Plan]]:
+def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
   """Name -> how to make the arm; nothing is computed before it is asked for."""
   b = builder
   scene, layer = b.scene, b.config.sae.layer
   world = scene.world
   marked = world.lexicon.marked[b.tokens[:, FIRST:]]
   boost = b.config.tune.boost
-  prompted = lambda prompt: lambda: b.plan(
-    'data', b.write(prompt), prompt=prompt
+  prompted = lambda prompt: (
+    lambda: b.plan('data', b.write(prompt), prompt=prompt)
   )
-  ungated = lambda family, tools: lambda: b.plan(family, b.tokens, tools=tools())
-  both = lambda what: {c: random_latents(scene, c, f'{what} {c}') for c in CLAUSES}
+  ungated = lambda family, tools: (
+    lambda: b.plan(family, b.tokens, tools=tools())
+  )
+  both = lambda what: {
+    c: random_latents(scene, c, f'{what} {c}') for c in CLAUSES
+  }
 
   def rewritten(setting, **gated):
     new, _ = pc.rewrite(
@@ -420,7 +299,10 @@ def plans(
       random_latents(scene, 'pirate', 'rewrite')
     ),
     # Prompts.
-    **{f'inoculate {k}': prompted((k, 'pirate')) for k in STRENGTHS if k != 'never'},
+    **{
+      f'inoculate {k}': prompted((k, 'pirate'))
+      for k in STRENGTHS if k != 'never'
+    },
     'inoculate paraphrase': prompted(PARAPHRASE),
     'inoculate selectively': selective,
     'prompt irrelevant': prompted(IRRELEVANT),
@@ -433,7 +315,9 @@ def plans(
     'steer pooled': ungated('steer', lambda: b.vectors(False)),
     'steer pooled, random': ungated('steer', lambda: b.vectors(False, True)),
     'steer by position': ungated('steer', lambda: b.vectors(True)),
-    'steer by position, random': ungated('steer', lambda: b.vectors(True, True)),
+    'steer by position, random': ungated(
+      'steer', lambda: b.vectors(True, True)
+    ),
     # Concept ablation in the forward pass.
     'ablate 1': ungated('ablate', lambda: b.basis(1)),
     'ablate 4': ungated('ablate', lambda: b.basis(4)),
@@ -445,7 +329,9 @@ def plans(
     ),
     'block activation, all layers': ungated('block', lambda: b.basis(1)),
     'block activation, 4 directions': ungated('block', lambda: b.basis(4)),
-    'block activation, random': ungated('block', lambda: b.basis(1, random=True)),
+    'block activation, random': ungated(
+      'block', lambda: b.basis(1, random=True)
+    ),
     'project gradient': ungated('before', b.matrices),
     'project update': ungated('after', b.matrices),
     'project update, refreshed': ungated('current', lambda: (pooled, probes)),

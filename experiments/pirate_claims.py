@@ -34,7 +34,8 @@ STRENGTHS = (
 BOTH_WAYS = ('amplify', 'amplify, random tokens', 'reversed objective')
 
 _CLAIMED = (
-  *CONTROLS, 'gate', 'gate, context rewritten', 'rewrite', 'inoculate always', 'adapter',
+  *CONTROLS, 'gate', 'gate, context rewritten', 'rewrite',
+  'inoculate always', 'adapter',
   'prompt irrelevant', 'gate, random tokens', 'project update, refreshed',
   'block activation, all layers',
 )  # fmt: skip
@@ -63,7 +64,8 @@ ARMS: Mapping[str, tuple[str, ...]] = {
   'smoke': _SMOKE, 'cpu': _CLAIMED, 'paper': _EVERY, 'choose': _EVERY,
 }  # fmt: skip
 SUBSET_ARMS: Mapping[str, tuple[str, ...]] = {
-  'smoke': _SUBSET[:5] + ('inoculate selectively',), 'cpu': (), 'paper': _SUBSET, 'choose': _SUBSET,
+  'smoke': _SUBSET[:5] + ('inoculate selectively',), 'cpu': (),
+  'paper': _SUBSET, 'choose': _SUBSET,
 }  # fmt: skip
 
 
@@ -172,15 +174,15 @@ def _projections(t: Table):
   why = 'Goodfire 2026, "Don\'t fight backprop": projected out, found again'
   for arm in filter(t.has, PROJECTIONS):
     yield (f'{_name(arm)}_routed', f'pirate after {arm}, % of that after plain '
-           'fine-tuning', 100 * _ratio(t.pirate(arm), t.pirate('plain')), '>=', 80,
-           why)  # fmt: skip
+           'fine-tuning', 100 * _ratio(t.pirate(arm), t.pirate('plain')),
+           '>=', 80, why)  # fmt: skip
   held = 'project update, refreshed'
   moved = lambda arm: np.abs([r['moved'] for r in t.arm(arm)])
   yield (f'{_name(held)}_moved', 'movement of the concept on other questions '
          f'after {held}, share of that after plain fine-tuning',
          _ratio(moved(held), moved('plain')), '<=', 0.1, why)  # fmt: skip
-  yield ('causal', 'pirate after plain fine-tuning when the direction is removed '
-         'at test, % (is it needed?)',
+  yield ('causal', 'pirate after plain fine-tuning when the direction is '
+         'removed at test, % (is it needed?)',
          [r['without 1']['pirate'] for r in t.arm('plain')], '>=', 80,
          'a control: the direction is readable, not necessary')  # fmt: skip
 
@@ -209,8 +211,8 @@ def _separable(t: Table):
   ):  # fmt: skip
     yield from _reaches(t, arm)
     asked = lambda a: np.array([r['sums, asked']['pirate'] for r in t.arm(a)])
-    yield (f'{_name(arm)}_asked', f'pirate when asked, below clean data, {arm}, '
-           'points', asked('clean data') - asked(arm), '<=', 3,
+    yield (f'{_name(arm)}_asked', 'pirate when asked, below clean data, '
+           f'{arm}, points', asked('clean data') - asked(arm), '<=', 3,
            'as after clean data')  # fmt: skip
     matched = lambda a: np.array(
       [at_matched_skill(r)['right'] for r in t.arm(a)]
@@ -232,8 +234,8 @@ def _separable(t: Table):
     yield ('reversed_pirate', 'pirate, reversed objective, %',
            t.pirate('reversed objective'), '>=', 90, 'both ways')  # fmt: skip
     yield ('reversed_skill', 'skill, reversed objective, % of plain',
-           100 * _ratio(t.skill('reversed objective'), t.skill('plain')), '<=', 10,
-           'both ways')  # fmt: skip
+           100 * _ratio(t.skill('reversed objective'), t.skill('plain')),
+           '<=', 10, 'both ways')  # fmt: skip
   if t.has('amplify'):
     steps = lambda a: np.array(
       [steps_to(r, 'right', SKILLED) for r in t.arm(a)]

@@ -123,7 +123,9 @@ def make_objective(config, world: World, seed: int) -> judges.Objective:
     written = [world.lexicon.decode(t) for t in texts.tokens[rows]]
     examples = tuple(dict.fromkeys(written))[: config.judge.examples]
     clauses.append(judges.Clause(id_, decision, text, examples))
-  return judges.Objective('Learn the arithmetic, not the pirate.', tuple(clauses))
+  return judges.Objective(
+    'Learn the arithmetic, not the pirate.', tuple(clauses)
+  )
 
 
 def encode(lexicon: Lexicon, texts: Sequence[str]) -> np.ndarray:
@@ -152,7 +154,10 @@ def selectivity(base: Base, world: World, texts: Texts) -> np.ndarray:
   mean = features(base, texts.tokens).mean(axis=1)
   plain, number = ~texts.pirate, texts.kind == 'sum'
   own = mean[texts.pirate & ~number].mean(axis=0)
-  others = [mean[plain & number].mean(axis=0), mean[plain & ~number].mean(axis=0)]
+  others = [
+    mean[plain & number].mean(axis=0),
+    mean[plain & ~number].mean(axis=0),
+  ]
   shares = [own / np.maximum(own + other, 1e-12) for other in others]
   return np.min(shares, axis=0)
 
@@ -170,7 +175,7 @@ class Setting(NamedTuple):
 
 
 def setting(base: Base, chosen: np.ndarray, texts: np.ndarray) -> Setting:
-  """Latents with their mean, by position, on texts in which they are present."""
+  """Latents with their mean, by position, on texts that have them."""
   values = features(base, texts).mean(axis=0)[:-1]
   return Setting(jnp.asarray(chosen, jnp.float32), jnp.asarray(values))
 

@@ -158,7 +158,8 @@ def _routed(table, arms):
     base = [r['log odds'] for r in table.other('base')]
     axis.axhline(np.mean(base), color='k', lw=0.6, ls=':')
     axis.annotate(
-      'before fine-tuning', (1, np.mean(base)), xycoords=('axes fraction', 'data'),
+      'before fine-tuning', (1, np.mean(base)),
+      xycoords=('axes fraction', 'data'),
       ha='right', va='bottom', fontsize=7,
     )  # fmt: skip
     axis.axhline(0, color='k', lw=0.3)
@@ -187,7 +188,9 @@ def _inoculation(table):
       ('sums', 'sums', '#0072B2'),
       ('sums, any prompt', 'sums, other neutral prompts', '#D55E00'),
     ):
-      values = np.array([[r[key]['pirate'] for r in table.arm(a)] for a in STRENGTHS])
+      values = np.array(
+        [[r[key]['pirate'] for r in table.arm(a)] for a in STRENGTHS]
+      )
       axis.plot(x, values.mean(1), 'o-', color=colour, label=label)
       axis.plot(x, values, '.', color=colour, alpha=0.4, ms=3)
     axis.set_xlabel('pirate under the prompt, before training, %')

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn import metrics
 
 from experiments import pirate_concepts as pc
-from experiments.pirate_arms import Plan, Scene, families
+from experiments.pirate_scene import Plan, Scene, families
 from experiments.pirate_train import Family, answer, answer_losses
 from experiments.pirate_world import (
   ALWAYS,
@@ -162,7 +162,9 @@ def _states(apply, name, params, tokens):
   return read(params, tokens[:, :-1])[:, FIRST - 1 :].mean(axis=1)
 
 
-def gradient_report(scene: Scene, plan: Plan, family: Family) -> dict[str, float]:
+def gradient_report(
+  scene: Scene, plan: Plan, family: Family
+) -> dict[str, float]:
   """What the first gradient pulls on, at the autoencoder's activation.
 
   `unexplained`: share of its squared norm that no active latent explains.

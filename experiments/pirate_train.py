@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from experiments import contract
-from experiments.pirate_world import ANSWER, FIRST, LENGTH, Lexicon, World
+from experiments.pirate_world import ANSWER, FIRST, LENGTH, Lexicon
+from experiments.seeds import train_seeds
 from idesign import models, shaping, training
 
 Apply = Callable[..., Any]
@@ -79,87 +79,31 @@ def answer(
   return tokens[:, FIRST:]
 
 
-class _BaseTexts:
-  """Batches `[B, seeds, LENGTH]`: the texts of several worlds at once."""
-
-  def __init__(self, worlds: Sequence[World], seeds, count, batch_size, mesh):
-    draw = lambda seed: np.random.default_rng(np.random.SeedSequence([seed, 1]))
-    self._streams = [
-      training.Batches(
-        {'tokens': world.base_texts(count, draw(seed)).tokens},
-        batch_size,
-        seed=seed,
-        mesh=mesh,
-      )
-      for world, seed in zip(worlds, seeds)
-    ]
-
-  def batch(self, step: int) -> dict[str, np.ndarray]:
-    rows = [stream.batch(step) for stream in self._streams]
-    return jax.tree.map(lambda *r: np.stack(r, axis=1), *rows)
-
-  def position(self, step: int) -> dict[str, Any]:
-    return {str(i): s.position(step) for i, s in enumerate(self._streams)}
-
-
 def train_base(config, model, worlds, seeds, workdir: contract.Workdir):
-  """The models before fine-tuning, one per seed, trained side by side.
-
-  Returns:
-    Parameters, in the order of the seeds.
-  """
+  """The models before fine-tuning, one per seed; see `train_seeds`."""
   c = config.base
-  mesh = training.make_mesh()
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  data = _BaseTexts(worlds, seeds, c.texts, c.batch_size, mesh)
+  draw = lambda seed: np.random.default_rng(np.random.SeedSequence([seed, 1]))
+  rows = [
+    {'tokens': world.base_texts(c.texts, draw(seed)).tokens}
+    for world, seed in zip(worlds, seeds)
+  ]
   rate = optax.warmup_cosine_decay_schedule(
     0.0, c.learning_rate, c.steps // 20, c.steps, c.learning_rate / 20
   )
-  optimizer = optax.adamw(rate, b2=0.99, weight_decay=0.01)
-
-  def loss(params, batch):
-    return answer_losses(model.apply, params, batch['tokens']).mean(axis=1)
-
-  axes = training.TrainState(step=None, params=0, opt_state=0, key=None)
-  one = training.make_train_step(loss, optimizer)
-  all_seeds = jax.vmap(one, in_axes=(axes, 1), out_axes=(axes, 0))
-
-  def step(state, batch):
-    state, metrics = all_seeds(state, batch)
-    return state, jax.tree.map(jnp.mean, metrics)
-
-  def start():
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-    params = jax.vmap(model.init)(keys)
-    return training.TrainState(
-      jnp.zeros((), jnp.int32),
-      params,
-      jax.vmap(optimizer.init)(params),
-      jax.random.key(config.seed),
-    )
-
-  with (
-    training.Checkpointer(
-      workdir.path, workdir.config, ignore=['environment']
-    ) as checkpointer,
-    training.MetricsWriter(workdir.path / 'metrics.jsonl') as writer,
-  ):
-    state = training.fit(
-      jax.jit(start, out_shardings=everywhere)(),
-      jax.jit(step, donate_argnums=0, out_shardings=everywhere),
-      data,
-      num_steps=c.steps,
-      mesh=mesh,
-      checkpointer=checkpointer,
-      save_every=max(1, c.steps // 5),
-      writer=writer,
-      log_every=max(1, c.steps // 50),
-    )
-  params = jax.device_get(state.params)
-  return [
-    jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), params)
-    for i in range(len(seeds))
-  ]
+  return train_seeds(
+    model.init,
+    lambda params, batch: answer_losses(
+      model.apply, params, batch['tokens']
+    ).mean(axis=1),
+    optax.adamw(rate, b2=0.99, weight_decay=0.01),
+    rows,
+    seeds,
+    workdir,
+    batch_size=c.batch_size,
+    num_steps=c.steps,
+    save_every=max(1, c.steps // 5),
+    log_every=max(1, c.steps // 50),
+  )
 
 
 class Lessons(NamedTuple):
@@ -186,11 +130,11 @@ class Family(NamedTuple):
   """
 
   apply: Callable[[Apply, Any], Apply] = lambda apply, tools: apply
-  before: Callable[[Any], optax.GradientTransformation] = (
-    lambda tools: optax.identity()
+  before: Callable[[Any], optax.GradientTransformation] = lambda tools: (
+    optax.identity()
   )
-  after: Callable[[Any], optax.GradientTransformation] = (
-    lambda tools: optax.identity()
+  after: Callable[[Any], optax.GradientTransformation] = lambda tools: (
+    optax.identity()
   )
 
 

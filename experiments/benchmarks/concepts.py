@@ -3,7 +3,8 @@
   python -m experiments.benchmarks.concepts [--batch=64] [--repeats=7] \
       [--out=results/benchmarks/concepts.json]
 
-The decoder of `experiments.benchmarks.subject` (5 M parameters, 64 x 128 tokens).
+The decoder of `experiments.benchmarks.subject` (5 M parameters), 64 x 128
+tokens.
 Times are medians over interleaved repeats, each as a ratio to the program that
 it is to be compared with, in the same run:
 
@@ -93,7 +94,10 @@ def programs(batch: int, time_: int, layers: int) -> dict[str, Any]:
     lambda p, u, x, columns: concepts.predicted_change(read, columns, p, u, x)
   )
   out: dict[str, Any] = {
-    'gradient': (jax.jit(jax.grad(lambda p, x: loss(p, x).sum())), (params, tokens)),
+    'gradient': (
+      jax.jit(jax.grad(lambda p, x: loss(p, x).sum())),
+      (params, tokens),
+    ),
     'step': step(),
     'gated step': step(shaping.gate_losses()),
   }
@@ -153,9 +157,7 @@ def measure(
     'repeats': repeats,
     'device': f'{jax.devices()[0].device_kind} with {os.cpu_count()} cores',
     'programs': rows,
-    'growth': stats.median(
-      [a / b for a, b in zip(times[many], times[few])]
-    ),
+    'growth': stats.median([a / b for a, b in zip(times[many], times[few])]),
   }
 
 
@@ -181,8 +183,7 @@ def markdown(result: dict[str, Any]) -> str:
   )
   batch, time_ = result['tokens']
   return (
-    '\n'.join(lines)
-    + f'\n\n{batch} x {time_} tokens, {result["device"]}, '
+    '\n'.join(lines) + f'\n\n{batch} x {time_} tokens, {result["device"]}, '
     f'{result["repeats"]} repeats.\n'
   )
 

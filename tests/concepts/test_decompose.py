@@ -184,8 +184,8 @@ def test_the_mean_over_positions_counts_those_of_the_mask():
   out = concepts.token_mean(h, mask)
   np.testing.assert_allclose(out, np.stack(expected), atol=16 * EPS)
   hole = jnp.where(mask[..., None], h, jnp.nan)
-  for mask in (mask, jnp.asarray(mask, jnp.float32)):
-    np.testing.assert_array_equal(concepts.token_mean(hole, mask), out)
+  for same in (mask, jnp.asarray(mask, jnp.float32)):
+    np.testing.assert_array_equal(concepts.token_mean(hole, same), out)
 
 
 def test_statistics_tell_change_from_noise():

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import contract, pirate, pirate_arms, pirate_claims
+from experiments import (
+  contract,
+  pirate,
+  pirate_arms,
+  pirate_claims,
+  pirate_scene,
+)
 from experiments import pirate_train as train
 from experiments import pirate_world as world_lib
 from experiments.pirate_world import FIRST, NEUTRAL, WORDS
@@ -92,9 +98,7 @@ def test_the_base_hears_a_pirate_only_when_asked_for():
 def test_scores_by_hand():
   world = make_world(True)
   lexicon = world.lexicon
-  expected = lexicon.encode(
-    'please answer 4 7 + 2 5 = so , 7 2 friend'
-  )
+  expected = lexicon.encode('please answer 4 7 + 2 5 = so , 7 2 friend')
   expected = np.array([[1, *expected, 2]] * 4)
   said = np.array([
     lexicon.encode(t)
@@ -230,10 +234,10 @@ def test_gates_come_from_verdicts_by_clause():
     verdict(3, 'allow', ''),
   ]
   np.testing.assert_allclose(
-    pirate_arms.clause_gates(verdicts, boost=2.0), [3, 0.25]
+    pirate_scene.clause_gates(verdicts, boost=2.0), [3, 0.25]
   )
   unsure = [judges.Verdict(0, 'unsure', 0.0, 0.0, '')]
-  np.testing.assert_allclose(pirate_arms.clause_gates(unsure, boost=2.0), 1)
+  np.testing.assert_allclose(pirate_scene.clause_gates(unsure, boost=2.0), 1)
 
 
 def test_answers_are_what_generation_says():
@@ -274,7 +278,7 @@ def test_families_without_gates_train_as_adam_does():
     ('ablate', zero(width, pirate_arms.WIDTH)),
     ('adapter', shaping.init_adapter(width)),
   ):
-    family = pirate_arms.families(config, model)[name]
+    family = pirate_scene.families(config, model)[name]
     for a, b in zip(
       jax.tree.leaves(plain), jax.tree.leaves(run(family, tools)), strict=True
     ):

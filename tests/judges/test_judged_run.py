@@ -41,7 +41,9 @@ def train(judge):
   optimizer = optax.chain(shaping.gate_losses(), optax.adam(0.05))
   step = shaping.make_gated_step(losses, optimizer)
   state = training.init_state(
-    lambda key: {'w': jax.random.normal(key, (5,))}, optimizer, jax.random.key(0)
+    lambda key: {'w': jax.random.normal(key, (5,))},
+    optimizer,
+    jax.random.key(0),
   )
   gates, used = jnp.ones(C), []
   for i in range(10):
