@@ -26,7 +26,10 @@ number that was measured. Settings are the same for all arms and were chosen for
 TopK: this is no ranking of tuned architectures.
 
 Each autoencoder is also written in every published format that can hold it,
-read again, and its output on the documents compared.
+read again, and its output on the documents compared. Gemma Scope's does not
+subtract `b_dec`, which is folded into `b_enc` and rounded there: a feature
+within rounding of its threshold can then switch, and the output jumps by it. No
+autoencoder of the committed run has such a feature; one of `smoke` did.
 
 Autoencoders take seconds to train, so a rerun repeats one that was interrupted
 from its beginning.

@@ -178,7 +178,9 @@ def test_smoke_runs_and_resumes(data, tmp_path, monkeypatch):
     assert set(row['round_trips']) == {
       f for f, arms in FORMATS.items() if arm in arms
     }
-    assert all(v <= 100 * EPS for v in row['round_trips'].values()), name
+    for format, apart in row['round_trips'].items():
+      # Folding b_dec rounds, which can take a feature across its threshold.
+      assert apart == 0 or format == 'gemma_scope', (name, format)
     assert row['own_text']['rows'] > config.rows
     steps = [step for step, _ in row['curve']]
     assert steps == ([] if arm == 'pca' else [10, 20])
@@ -195,7 +197,8 @@ def test_smoke_runs_and_resumes(data, tmp_path, monkeypatch):
   assert (tmp_path / 'claims.json').read_bytes() == claims
 
   # Nothing is sampled or trained for what is there.
-  monkeypatch.setattr(autoencoders, 'activations', None)
+  refuse = lambda *_: pytest.fail('a finished seed was sampled again')
+  monkeypatch.setattr(autoencoders, 'activations', refuse)
   autoencoders.run(config, tmp_path)
 
 
