@@ -101,12 +101,12 @@ def judge_report(scene: Scene) -> dict[str, Any]:
       for d in ('amplify', 'allow', 'suppress', 'unsure')
     },
     'selectivity': [round(float(x), 4) for x in truth],
-    'gated share by place': _gated_share(scene),
+    'tokens of the lessons': _tokens_found(scene),
   }
 
 
-def _gated_share(scene: Scene) -> dict[str, Any]:
-  """How the pirate's latents bear on each place of the answers, in nats."""
+def _tokens_found(scene: Scene) -> dict[str, Any]:
+  """Of a pirate's tokens the share missed; of the others the share taken."""
   builder = Builder(scene)
   ratio = pc.attribute(
     scene.config, scene.base, scene.settings['pirate'], builder.tokens
