@@ -64,11 +64,11 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   )
   config.judge = ml_collections.ConfigDict(
     {
-      'examples': 300,  # Per clause of the objective.
+      'examples': 2400,  # Per clause of the objective.
       'known': 500,  # Sums, and as many facts, that the base itself answers.
       'q': 0.05,
-      'min_effect': 0.2,
-      'min_selectivity': 0.8,
+      'min_effect': 0.1,
+      'min_selectivity': 0.75,
       'permutations': 2000,
       'truth': 8000,  # Labelled texts that the judge is held against.
     }
@@ -78,7 +78,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
       'batch_size': 64,
       'steps': 500,
       'every': 25,  # Steps between two looks at the model.
-      'learning_rate': 3e-4,
+      'learning_rate': 8e-4,  # Falls to 0.
       'threshold': 3.0,  # Nats above which a token is a concept's.
       'softness': 0.25,
       'boost': 3.0,  # What an amplified token weighs more.

@@ -111,8 +111,10 @@ class Builder:
   def gates(self, *, boost: float = 0.0) -> np.ndarray:
     return clause_gates(self.scene.verdicts, boost=boost)
 
-  def gated(self, gates, attribution) -> Plan:
-    return self.plan('data', self.tokens, gates=gates, attribution=attribution)
+  def gated(self, gates, attribution, family: str = 'data', **kw) -> Plan:
+    return self.plan(
+      family, self.tokens, gates=gates, attribution=attribution, **kw
+    )
 
   def shuffled(self, attribution, what: str):
     """The same attributions given to random tokens: equal mass, no meaning."""
@@ -254,11 +256,11 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
     c: random_latents(scene, c, f'{what} {c}') for c in CLAUSES
   }
 
-  def rewritten(setting, **gated):
+  def rewritten(setting):
     new, _ = pc.rewrite(
       b.config, scene.base, setting, world, scene.known, b.tokens
     )
-    return b.plan('data', new, **gated)
+    return b.plan('data', new)
 
   def selective():
     """The inoculation prompt only where the frozen base hears a pirate."""
@@ -289,9 +291,15 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
     'gate, whole examples': lambda: b.gated(
       b.gates(), b.by_example(b.attribution())
     ),
-    # The same gate, on lessons in which what it takes away is not even read.
-    'gate, context rewritten': lambda: rewritten(
-      scene.settings['pirate'], gates=b.gates(), attribution=b.attribution()
+    # What it takes away is not left open: there the base's answer is kept.
+    'gate, anchored': lambda: b.gated(
+      b.gates(), b.attribution(), 'anchor', tools=scene.base.params
+    ),
+    'gate, anchored, random tokens': lambda: b.gated(
+      b.gates(),
+      b.shuffled(b.attribution(), 'gate'),
+      'anchor',
+      tools=scene.base.params,
     ),
     # Lessons as the frozen base would have said them without the concept.
     'rewrite': lambda: rewritten(scene.settings['pirate']),

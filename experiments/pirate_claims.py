@@ -12,14 +12,14 @@ from experiments import contract
 CONTROLS = ('plain', 'clean data', 'oracle mask')
 # What somebody could use: no oracle, nothing that only serves to compare.
 DEPLOYABLE = (
-  'gate', 'gate, context rewritten', 'rewrite', 'inoculate always',
+  'gate', 'gate, anchored', 'rewrite', 'inoculate always',
   'inoculate paraphrase', 'adapter',
   'steer by position', 'steer pooled', 'ablate 4', 'ablate latents',
   'amplify and gate',
 )  # fmt: skip
 PLACEBOS = (
   'prompt irrelevant', 'prompt unseen', 'gate, random tokens',
-  'gate, random latents', 'rewrite, random latents', 'adapter, random',
+  'gate, anchored, random tokens', 'gate, random latents', 'rewrite, random latents', 'adapter, random',
   'steer by position, random', 'steer pooled, random', 'ablate 4, random',
 )  # fmt: skip
 # A single direction, projected out of gradients or updates.
@@ -34,24 +34,24 @@ STRENGTHS = (
 BOTH_WAYS = ('amplify', 'amplify, random tokens', 'reversed objective')
 
 _CLAIMED = (
-  *CONTROLS, 'gate', 'gate, context rewritten', 'rewrite',
-  'inoculate always', 'adapter',
-  'prompt irrelevant', 'gate, random tokens', 'project update, refreshed',
-  'block activation, all layers',
+  *CONTROLS, 'gate', 'gate, anchored', 'rewrite', 'inoculate always', 'adapter',
+  'prompt irrelevant', 'gate, anchored, random tokens',
+  'project update, refreshed', 'block activation, all layers',
 )  # fmt: skip
 _EVERY = tuple(
   dict.fromkeys(
     (
       *_CLAIMED, *PROJECTIONS, *BOTH_WAYS, *PLACEBOS, *STRENGTHS,
       *DEPLOYABLE, 'prompt prohibition', 'ablate 1', 'gate, whole examples',
-      'block activation, 4 directions', 'block activation, random',
+      'gate, random tokens', 'block activation, 4 directions',
+      'block activation, random',
     )
   )
 )  # fmt: skip
 _SUBSET = (
-  'plain', 'clean data', 'gate', 'gate, context rewritten', 'rewrite',
-  'inoculate always',
-  'inoculate selectively', 'gate, whole examples', 'gate, random tokens',
+  'plain', 'clean data', 'gate', 'gate, anchored', 'rewrite',
+  'inoculate always', 'inoculate selectively', 'gate, whole examples',
+  'gate, anchored, random tokens',
 )  # fmt: skip
 # One arm for every way of making one.
 _SMOKE = (
@@ -207,7 +207,7 @@ def _reaches(t: Table, arm: str, condition: str = 'all'):
 def _separable(t: Table):
   """Arms that reach the target, placebos that do not, and both ways."""
   for arm in (
-    'gate', 'gate, context rewritten', 'rewrite', 'inoculate always', 'adapter',
+    'gate', 'gate, anchored', 'rewrite', 'inoculate always', 'adapter',
   ):  # fmt: skip
     yield from _reaches(t, arm)
     asked = lambda a: np.array([r['sums, asked']['pirate'] for r in t.arm(a)])
@@ -225,9 +225,7 @@ def _separable(t: Table):
     yield (f'{_name(arm)}_misses', f'by how much {arm} misses the target (10 % '
            'pirate, 3 points of skill), points', misses, '>=', 0,
            'placebo')  # fmt: skip
-  for arm in (
-    'gate', 'gate, context rewritten', 'rewrite', 'inoculate selectively',
-  ):  # fmt: skip
+  for arm in ('gate', 'gate, anchored', 'rewrite', 'inoculate selectively'):
     if t.has(arm, 'subset'):
       yield from _reaches(t, arm, 'subset')
   if t.has('reversed objective'):

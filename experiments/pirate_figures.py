@@ -27,7 +27,7 @@ KINDS = {
   'placebos and others': ('#9A9A9A', 'D'),
 }
 CURVES = {
-  'plain': '#000000', 'clean data': '#7F7F7F', 'gate': '#0072B2',
+  'plain': '#000000', 'clean data': '#7F7F7F', 'gate, anchored': '#0072B2',
   'rewrite': '#56B4E9', 'inoculate always': '#009E73', 'adapter': '#CC79A7',
   'project update, refreshed': '#D55E00',
 }  # fmt: skip

@@ -94,6 +94,7 @@ def families(config, model) -> dict[str, Family]:
   last = config.model.n_layers - 1
   return {
     'data': Family(),
+    'anchor': Family(anchor=True),
     'steer': Family(apply=functools.partial(_by_layer, shaping.steer)),
     'ablate': Family(apply=functools.partial(_by_layer, shaping.ablate)),
     'block': Family(

@@ -45,6 +45,14 @@ def answer_losses(apply: Apply, params, tokens_BT) -> jax.Array:
   )
 
 
+def divergence(apply: Apply, params, frozen, tokens_BT) -> jax.Array:
+  """`KL(frozen || model)` where answers are predicted, `[B, ANSWER]`."""
+  logits = lambda p: apply(p, tokens_BT[:, :-1])[:, FIRST - 1 :]
+  return optax.kl_divergence(
+    jax.nn.log_softmax(logits(params)), jax.nn.softmax(logits(frozen))
+  )
+
+
 @functools.partial(jax.jit, static_argnames='apply')
 def answer(
   apply: Apply, params, tokens_BT, key=None, apply_args=()
@@ -127,6 +135,8 @@ class Family(NamedTuple):
     apply: `(apply, tools) -> apply`: what training runs the model through.
     before: `tools -> transformation` of gradients, before the optimizer.
     after: `(tools, params) -> transformation` of updates, after it.
+    anchor: if the tools are frozen parameters whose answers are to be kept
+      where a gate takes a token away.
   """
 
   apply: Callable[[Apply, Any], Apply] = lambda apply, tools: apply
@@ -136,6 +146,7 @@ class Family(NamedTuple):
   after: Callable[[Any], optax.GradientTransformation] = lambda tools: (
     optax.identity()
   )
+  anchor: bool = False
 
 
 def make_finetune(config, model: models.Model, family: Family):
@@ -149,6 +160,7 @@ def make_finetune(config, model: models.Model, family: Family):
     steps, stacked.
   """
   c = config.tune
+  rate = optax.linear_schedule(c.learning_rate, 0.0, c.steps)
   old = c.batch_size // 8  # How much of a batch repeats what the base knows.
 
   def finetune(params, lessons: Lessons, replay: Lessons, gates, tools, seed):
@@ -156,11 +168,14 @@ def make_finetune(config, model: models.Model, family: Family):
     optimizer = optax.chain(
       shaping.gate_losses(threshold=c.threshold, softness=c.softness),
       family.before(tools),
-      optax.adam(c.learning_rate, b2=0.99),
+      optax.adam(rate, b2=0.99),
       family.after(tools),
     )
     losses = lambda p, batch: answer_losses(apply, p, batch['tokens'])
-    step = shaping.make_gated_step(losses, optimizer)
+    anchor = lambda p, batch: divergence(apply, p, tools, batch['tokens'])
+    step = shaping.make_gated_step(
+      losses, optimizer, anchor=anchor if family.anchor else None
+    )
     draw = lambda key, data, size: jax.tree.map(
       lambda x: x[jax.random.randint(key, (size,), 0, len(data.tokens))], data
     )

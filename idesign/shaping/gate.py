@@ -22,6 +22,12 @@ so that gates of 1 leave everything as it was, bit for bit. Weights are then
 scaled to the sum of what was to be averaged: gating changes *what* is learned
 from, not how fast. Gates and attributions are arrays: new verdicts never
 compile anything anew.
+
+A token taken away leaves its place open: nothing says any more what belongs
+there, and what is learned from its neighbours drifts in. An *anchor*, a second
+loss such as the divergence from the frozen model, gets the weight that gates
+take away, so that `sum_i w_i L_i + max(1 - w_i, 0) A_i` is learned from: at the
+places of what is suppressed the model is told to stay as it was.
 """
 
 from __future__ import annotations
@@ -129,7 +135,8 @@ def gate_losses(
   (a gate) negative makes the whole step ungated and is counted in
   `GateState.ignored`: nothing is ever trained on a weight that was not meant.
   If gates leave no weight at all, or the mask is 0 everywhere, the gradient is
-  zero.
+  zero. With an anchor (see `make_gated_step`) weights and the anchor's together
+  have the sum of the mask.
 
   Args:
     threshold: see `gate_weights`.
@@ -141,13 +148,14 @@ def gate_losses(
   """
 
   def update(
-    updates, state, params=None, *, pullback, mask, attribution, gates, **extra
-  ):
+    updates, state, params=None, *, pullback, mask, attribution, gates,
+    anchored=False, **extra,
+  ):  # fmt: skip
     del params, extra
-    weights, state = _weights(
-      attribution, gates, mask, threshold, softness, state
+    weights, freed, state = _weights(
+      attribution, gates, mask, threshold, softness, state, anchored
     )
-    gradient = pullback(weights)
+    gradient = pullback(weights, freed) if anchored else pullback(weights)
     # Under `optax.masked` parts of the updates are placeholders, and stay so.
     placeholder = lambda x: isinstance(x, optax.MaskedNode)
     keep = lambda u, g: u if placeholder(u) else g
@@ -175,15 +183,20 @@ def gate_aggregator(
         'examples.'
       )
     mask = jnp.ones(attribution.shape[0], attribution.dtype)
-    w, state = _weights(attribution, gates, mask, threshold, softness, state)
+    w, _, state = _weights(
+      attribution, gates, mask, threshold, softness, state, False
+    )
     mean = lambda g: jnp.einsum('b,b...->...', w.astype(g.dtype), g)
     return jax.tree.map(mean, per_example), state
 
   return aggregating.Aggregator(_start, update)
 
 
-def _weights(attribution, gates, mask, threshold, softness, state):
-  """Weights that sum to 1 (or to 0), and the new state."""
+def _weights(attribution, gates, mask, threshold, softness, state, anchored):
+  """Weights, those of an anchor (0 without one), and the new state.
+
+  Together they sum to 1, or to 0.
+  """
   # A mask may be fractional, attributions may be counts.
   dtype = jnp.promote_types(
     jnp.promote_types(attribution.dtype, jnp.asarray(mask).dtype), jnp.float32
@@ -207,12 +220,15 @@ def _weights(attribution, gates, mask, threshold, softness, state):
   # Only ratios of weights matter: the largest becomes 1, none overflows.
   peak = jnp.max(jnp.where(inside, log, -jnp.inf), initial=-jnp.inf)
   peak = jnp.where(jnp.isfinite(peak), peak, 0)
+  if anchored:
+    peak = jnp.maximum(peak, 0)  # What is freed is counted from 1 down.
   weight = mask * jnp.where(inside, jnp.exp(log - peak), 0)
+  freed = jnp.maximum(mask * jnp.exp(-peak) - weight, 0) * anchored
   ratio = lambda a, b, otherwise: jnp.where(
     b > 0, a / jnp.where(b > 0, b, 1), otherwise
   )
   total, whole = jnp.sum(weight), jnp.sum(mask)
-  normal = ratio(weight, total, 0)
+  normal = ratio(weight, total + jnp.sum(freed), 0)
   # The sum of squares of weights that sum to 1.
   concentration = lambda w, sum_: jnp.sum(ratio(w, sum_, 0) ** 2)
   left = jnp.minimum(
@@ -222,15 +238,19 @@ def _weights(attribution, gates, mask, threshold, softness, state):
     optax.safe_increment(state.count),
     jnp.asarray(1 - left, jnp.float32),
     jnp.asarray(
-      ratio(concentration(mask, whole), jnp.sum(normal**2), 0), jnp.float32
+      ratio(concentration(mask, whole), concentration(weight, total), 0),
+      jnp.float32,
     ),
     state.ignored + jnp.where(sound, 0, 1).astype(jnp.int32),
   )
-  return normal, state
+  return normal, ratio(freed, total + jnp.sum(freed), 0), state
 
 
 def make_gated_step(
-  losses: Losses, optimizer: optax.GradientTransformation
+  losses: Losses,
+  optimizer: optax.GradientTransformation,
+  *,
+  anchor: Losses | None = None,
 ) -> Callable[..., tuple[training.TrainState, dict[str, Array]]]:
   """Builds `step(state, batch, **extra) -> (state, metrics)`, jitted.
 
@@ -243,6 +263,9 @@ def make_gated_step(
       to the optimizer if there is one.
     optimizer: any Optax transformation; `extra` (such as `gates`) and the
       batch's attribution are passed on.
+    anchor: losses of the same shape, not negative, that get the weight that
+      gates take from the others; see the module. Nothing is learned from them
+      where nothing is gated.
 
   Returns:
     The step. Metrics: `loss` (the masked mean, as if nothing were gated) and
@@ -252,7 +275,8 @@ def make_gated_step(
   optimizer = optax.with_extra_args_support(optimizer)
 
   def step(state: training.TrainState, batch, **extra):
-    values, pull = jax.vjp(lambda p: losses(p, batch), state.params)
+    both = lambda p: (losses(p, batch), anchor(p, batch) if anchor else 0.0)
+    (values, kept), pull = jax.vjp(both, state.params)
     mask = jnp.asarray(batch['mask'])
     mask = mask.astype(jnp.promote_types(mask.dtype, values.dtype))
     if mask.shape != values.shape:
@@ -261,9 +285,20 @@ def make_gated_step(
       )
     whole = jnp.sum(mask)
     mean = jnp.where(whole > 0, mask / jnp.where(whole > 0, whole, 1), 0)
-    pullback = lambda weights: pull(weights.astype(values.dtype))[0]
+    if anchor and kept.shape != values.shape:
+      raise ValueError(
+        f"the anchor's losses are {kept.shape}; the losses are {values.shape}."
+      )
+
+    def pullback(weights, freed=0.0):
+      like = lambda w, x: jnp.broadcast_to(w, jnp.shape(x)).astype(x.dtype)
+      kept_ = jnp.asarray(kept)
+      return pull((like(weights, values), like(jnp.asarray(freed), kept_)))[0]
+
     if 'attribution' in batch:
       extra = {'attribution': batch['attribution']} | extra
+    if anchor:
+      extra = {'anchored': True} | extra
     updates, opt_state = optimizer.update(
       pullback(mean),
       state.opt_state,

@@ -319,3 +319,66 @@ def test_a_checkpoint_in_between_changes_nothing(tmp_path):
   a, _ = step(state, make_batch(1), gates=gates)
   b, _ = step(restored, make_batch(1), gates=gates)
   jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+
+
+def stays(params, batch):
+  """An anchor: a loss of its own, of the same shape."""
+  return (jnp.tanh(batch['x'] @ params['in']).sum(-1) - 1) ** 2
+
+
+def anchored_gradient(batch, gates):
+  before = start(optax.sgd(1.0)).params
+  step = shaping.make_gated_step(losses, GATED(), anchor=stays)
+  state, metrics = step(start(GATED()), batch, gates=jnp.asarray(gates))
+  return jax.tree.map(jnp.subtract, before, state.params), metrics
+
+
+def test_an_anchor_learns_nothing_where_nothing_is_gated():
+  batches = [make_batch(i) for i in range(3)]
+  plain, _, _ = run(GATED(), batches, gates=ONES)
+  step = shaping.make_gated_step(losses, GATED(), anchor=stays)
+  state = start(GATED())
+  for batch in batches:
+    state, _ = step(state, batch, gates=ONES)
+  jax.tree.map(np.testing.assert_array_equal, plain.params, state.params)
+
+
+@pytest.mark.parametrize('gates', [[0, 1, 1], [0.3, 0, 2.5], [0, 0, 0]])
+def test_an_anchor_gets_what_gates_take_away(gates):
+  batch = make_batch()
+  got, _ = anchored_gradient(batch, gates)
+  w = shaping.gate_weights(
+    batch['attribution'], jnp.asarray(gates, jnp.float32), threshold=1.0
+  )
+  freed = jnp.maximum(1 - w, 0)
+  mask = batch['mask'].astype(jnp.float32)
+
+  def mixed(params):
+    values = w * losses(params, batch) + freed * stays(params, batch)
+    return (mask * values).sum() / (mask * (w + freed)).sum()
+
+  assert_near(got, jax.grad(mixed)(start(optax.sgd(1.0)).params))
+
+
+def test_gates_that_leave_nothing_leave_the_anchor():
+  batch = make_batch(attribution=jnp.full((B, T, C), 1e4))
+  got, metrics = anchored_gradient(batch, [0.0, 0.0, 0.0])
+  mask = batch['mask'].astype(jnp.float32)
+  alone = lambda p: (mask * stays(p, batch)).sum() / mask.sum()
+  assert_near(got, jax.grad(alone)(start(optax.sgd(1.0)).params))
+  assert metrics['removed'] == 1 and metrics['effective'] == 0
+
+
+def test_unsound_gates_leave_the_anchor_out():
+  batch = make_batch()
+  got, metrics = anchored_gradient(batch, [jnp.nan, 0.0, 1.0])
+  plain, _ = gradient_of(GATED(), batch, ONES)
+  jax.tree.map(np.testing.assert_array_equal, got, plain)
+  assert metrics['ignored'] == 1
+
+
+def test_an_anchor_of_another_shape_raises():
+  wrong = lambda params, batch: stays(params, batch)[:, :1]
+  step = shaping.make_gated_step(losses, GATED(), anchor=wrong)
+  with pytest.raises(ValueError, match=r"anchor's losses are \(8, 1\)"):
+    step(start(GATED()), make_batch(), gates=ONES)
