@@ -68,7 +68,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
       'known': 500,  # Sums, and as many facts, that the base itself answers.
       'q': 0.05,
       'min_effect': 0.1,
-      'min_selectivity': 0.75,
+      'min_selectivity': 0.7,
       'permutations': 2000,
       'truth': 8000,  # Labelled texts that the judge is held against.
     }
