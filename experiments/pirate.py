@@ -48,7 +48,7 @@ from experiments.pirate_train import (
 from experiments.pirate_world import FIRST, STRENGTHS, World
 from idesign import concepts, judges, shaping
 
-CHOSEN_ON = tuple(range(7))
+CHOSEN_ON = tuple(range(12))
 LIFTED = 40  # Steps of plain fine-tuning once an intervention is lifted.
 
 
@@ -155,7 +155,7 @@ def elicitation(scene: Scene) -> dict[str, float]:
   def sample(prompt):
     texts = world.sums(pairs, prompt, flag, scene.random('elicit'))
     key = jax.random.key(scene.seed)
-    say = lambda t: answer(base.model.apply, base.params, jnp.asarray(t), key)
+    say = lambda t: answer(base.model, base.params, t, key)
     return pc.blocks(say, texts.tokens)
 
   prompts = [(k, 'pirate') for k in STRENGTHS]
@@ -200,7 +200,9 @@ class Tuner:
     if name == 'plain' and causal:
       for rank in (1, WIDTH):
         basis = builder.basis(rank)
-        out[f'without {rank}'] = exam.without_direction(last, basis)
+        out[f'without {rank}'] = exam.without_direction(
+          last, self._families['ablate'], basis
+        )
     return out
 
   def train(self, params, plan: Plan, seed: int):

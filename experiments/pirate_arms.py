@@ -256,11 +256,20 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
     c: random_latents(scene, c, f'{what} {c}') for c in CLAUSES
   }
 
-  def rewritten(setting):
+  def rewritten(setting, family='data', **gated):
     new, _ = pc.rewrite(
       b.config, scene.base, setting, world, scene.known, b.tokens
     )
-    return b.plan('data', new)
+    return b.plan(family, new, **gated)
+
+  def rewritten_and_gated(settings, name):
+    return rewritten(
+      settings['pirate'],
+      'anchor',
+      gates=b.gates(),
+      attribution=b.attribution(settings, name),
+      tools=scene.base.params,
+    )
 
   def selective():
     """The inoculation prompt only where the frozen base hears a pirate."""
@@ -282,12 +291,6 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
     'oracle mask': lambda: b.plan('data', b.tokens, mask=~marked),
     # Gates in the optimizer's chain, driven by the judge.
     'gate': lambda: b.gated(b.gates(), b.attribution()),
-    'gate, random tokens': lambda: b.gated(
-      b.gates(), b.shuffled(b.attribution(), 'gate')
-    ),
-    'gate, random latents': lambda: b.gated(
-      b.gates(), b.attribution(both('gate'), 'random latents')
-    ),
     'gate, whole examples': lambda: b.gated(
       b.gates(), b.by_example(b.attribution())
     ),
@@ -300,6 +303,13 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
       b.shuffled(b.attribution(), 'gate'),
       'anchor',
       tools=scene.base.params,
+    ),
+    # And neither is it read by what follows it.
+    'gate, anchored, context rewritten': lambda: rewritten_and_gated(
+      scene.settings, 'judge'
+    ),
+    'gate, anchored, random latents': lambda: rewritten_and_gated(
+      both('gate'), 'random latents'
     ),
     # Lessons as the frozen base would have said them without the concept.
     'rewrite': lambda: rewritten(scene.settings['pirate']),
@@ -321,7 +331,6 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
     'adapter, random': ungated('adapter', lambda: b.adapter(random=True)),
     # Preventative steering.
     'steer pooled': ungated('steer', lambda: b.vectors(False)),
-    'steer pooled, random': ungated('steer', lambda: b.vectors(False, True)),
     'steer by position': ungated('steer', lambda: b.vectors(True)),
     'steer by position, random': ungated(
       'steer', lambda: b.vectors(True, True)

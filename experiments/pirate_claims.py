@@ -12,15 +12,15 @@ from experiments import contract
 CONTROLS = ('plain', 'clean data', 'oracle mask')
 # What somebody could use: no oracle, nothing that only serves to compare.
 DEPLOYABLE = (
-  'gate', 'gate, anchored', 'rewrite', 'inoculate always',
-  'inoculate paraphrase', 'adapter',
+  'gate', 'gate, anchored', 'gate, anchored, context rewritten', 'rewrite',
+  'inoculate always', 'inoculate paraphrase', 'adapter',
   'steer by position', 'steer pooled', 'ablate 4', 'ablate latents',
   'amplify and gate',
 )  # fmt: skip
 PLACEBOS = (
-  'prompt irrelevant', 'prompt unseen', 'gate, random tokens',
-  'gate, anchored, random tokens', 'gate, random latents', 'rewrite, random latents', 'adapter, random',
-  'steer by position, random', 'steer pooled, random', 'ablate 4, random',
+  'prompt irrelevant', 'prompt unseen', 'gate, anchored, random tokens',
+  'gate, anchored, random latents', 'rewrite, random latents',
+  'adapter, random', 'steer by position, random', 'ablate 4, random',
 )  # fmt: skip
 # A single direction, projected out of gradients or updates.
 PROJECTIONS = (
@@ -34,7 +34,8 @@ STRENGTHS = (
 BOTH_WAYS = ('amplify', 'amplify, random tokens', 'reversed objective')
 
 _CLAIMED = (
-  *CONTROLS, 'gate', 'gate, anchored', 'rewrite', 'inoculate always', 'adapter',
+  *CONTROLS, 'gate', 'gate, anchored', 'gate, anchored, context rewritten',
+  'rewrite', 'inoculate always', 'adapter',
   'prompt irrelevant', 'gate, anchored, random tokens',
   'project update, refreshed', 'block activation, all layers',
 )  # fmt: skip
@@ -43,28 +44,34 @@ _EVERY = tuple(
     (
       *_CLAIMED, *PROJECTIONS, *BOTH_WAYS, *PLACEBOS, *STRENGTHS,
       *DEPLOYABLE, 'prompt prohibition', 'ablate 1', 'gate, whole examples',
-      'gate, random tokens', 'block activation, 4 directions',
-      'block activation, random',
+      'block activation, 4 directions', 'block activation, random',
     )
   )
 )  # fmt: skip
 _SUBSET = (
-  'plain', 'clean data', 'gate', 'gate, anchored', 'rewrite',
-  'inoculate always', 'inoculate selectively', 'gate, whole examples',
-  'gate, anchored, random tokens',
+  'plain', 'clean data', 'gate, anchored', 'gate, anchored, context rewritten',
+  'rewrite', 'inoculate always', 'inoculate selectively',
+  'gate, whole examples', 'gate, anchored, random tokens',
 )  # fmt: skip
 # One arm for every way of making one.
 _SMOKE = (
   *_CLAIMED, 'project gradient', 'project update', 'steer by position, random',
   'ablate latents', 'ablate 4, random', 'adapter, random',
-  'gate, random latents', 'gate, whole examples', 'reversed objective',
+  'gate, anchored, random latents', 'gate, whole examples',
+  'reversed objective',
   'amplify', 'amplify, random tokens',
 )  # fmt: skip
+# The shortest list that shows the point.
+_SHORT = (
+  'plain', 'clean data', 'gate, anchored', 'gate, anchored, context rewritten',
+  'rewrite', 'inoculate always', 'prompt irrelevant',
+  'gate, anchored, random tokens', 'project update, refreshed',
+)  # fmt: skip
 ARMS: Mapping[str, tuple[str, ...]] = {
-  'smoke': _SMOKE, 'cpu': _CLAIMED, 'paper': _EVERY, 'choose': _EVERY,
+  'smoke': _SMOKE, 'cpu': _SHORT, 'paper': _EVERY, 'choose': _EVERY,
 }  # fmt: skip
 SUBSET_ARMS: Mapping[str, tuple[str, ...]] = {
-  'smoke': _SUBSET[:5] + ('inoculate selectively',), 'cpu': (),
+  'smoke': ('plain', 'rewrite', 'inoculate selectively'), 'cpu': (),
   'paper': _SUBSET, 'choose': _SUBSET,
 }  # fmt: skip
 
@@ -206,9 +213,10 @@ def _reaches(t: Table, arm: str, condition: str = 'all'):
 
 def _separable(t: Table):
   """Arms that reach the target, placebos that do not, and both ways."""
-  for arm in (
-    'gate', 'gate, anchored', 'rewrite', 'inoculate always', 'adapter',
-  ):  # fmt: skip
+  for arm in filter(t.has, (
+    'gate', 'gate, anchored', 'gate, anchored, context rewritten', 'rewrite',
+    'inoculate always', 'adapter',
+  )):  # fmt: skip
     yield from _reaches(t, arm)
     asked = lambda a: np.array([r['sums, asked']['pirate'] for r in t.arm(a)])
     yield (f'{_name(arm)}_asked', 'pirate when asked, below clean data, '
@@ -225,7 +233,10 @@ def _separable(t: Table):
     yield (f'{_name(arm)}_misses', f'by how much {arm} misses the target (10 % '
            'pirate, 3 points of skill), points', misses, '>=', 0,
            'placebo')  # fmt: skip
-  for arm in ('gate', 'gate, anchored', 'rewrite', 'inoculate selectively'):
+  for arm in (
+    'gate, anchored', 'gate, anchored, context rewritten', 'rewrite',
+    'inoculate selectively',
+  ):  # fmt: skip
     if t.has(arm, 'subset'):
       yield from _reaches(t, arm, 'subset')
   if t.has('reversed objective'):

@@ -220,7 +220,7 @@ def known_texts(config, base: Base, world: World, seed: int) -> np.ndarray:
     world.sums(pairs, ALWAYS, pirate, random).tokens,
     world.facts(world.nouns(n, random), ALWAYS, pirate, random).tokens,
   ])  # fmt: skip
-  say = lambda t: answer(base.model.apply, base.params, t, jax.random.key(seed))
+  say = lambda t: answer(base.model, base.params, t, jax.random.key(seed))
   unasked = asked.copy()
   unasked[:, FIRST:] = blocks(say, asked)
   unasked[:, 1:3] = world.lexicon.encode(' '.join(NEUTRAL))

@@ -11,8 +11,13 @@ import numpy as np
 from sklearn import metrics
 
 from experiments import pirate_concepts as pc
-from experiments.pirate_scene import Plan, Scene, families
-from experiments.pirate_train import Family, answer, answer_losses
+from experiments.pirate_scene import Plan, Scene
+from experiments.pirate_train import (
+  Family,
+  answer,
+  answer_losses,
+  answer_through,
+)
 from experiments.pirate_world import (
   ALWAYS,
   FIRST,
@@ -48,10 +53,23 @@ class Exam:
     self._direction = scene.directions.pooled[scene.config.sae.layer]
     self._before = self._projection(scene.base.params, 'sums').mean()
 
-  def ask(self, params, texts: Texts, apply=None, args=()) -> dict[str, float]:
-    """Share right and share of a pirate's answers, in percent."""
-    apply = self._scene.base.model.apply if apply is None else apply
-    say = lambda t: answer(apply, params, jnp.asarray(t), None, args)
+  def ask(
+    self, params, texts: Texts, family: Family | None = None, tools=()
+  ) -> dict[str, float]:
+    """Share right and share of a pirate's answers, in percent.
+
+    Args:
+      params: of the model.
+      texts: the questions.
+      family: what to run the model through, if anything.
+      tools: those of the family.
+    """
+    model = self._scene.base.model
+    if family is None or family.apply is None:
+      say = lambda t: answer(model, params, t)
+    else:
+      apply = _through(model.apply, family.apply)
+      say = lambda t: answer_through(apply, params, t, tools)
     said = pc.blocks(say, texts.tokens)
     right, pirate = score(self._scene.world.lexicon, said, texts.tokens)
     return {
@@ -67,12 +85,13 @@ class Exam:
     """
     few = self.sets['sums'][:_SMALL]
     neutral = self.ask(params, few)
-    apply = _through(self._scene.base.model.apply, plan.family, family)
+    if plan.prompt == NEUTRAL and family.apply is None:
+      return {**neutral, 'trained': neutral['right']}
     prompted = self._scene.world.sums(
       self._pairs[:_SMALL], plan.prompt, np.ones(len(few.pirate), bool),
       self._random,
     )  # fmt: skip
-    trained = self.ask(params, prompted, apply, (plan.tools,))
+    trained = self.ask(params, prompted, family, plan.tools)
     return {**neutral, 'trained': trained['right']}
 
   def final(self, params) -> dict[str, Any]:
@@ -82,11 +101,11 @@ class Exam:
     out |= self._concept(params)
     return out
 
-  def without_direction(self, params, basis: np.ndarray) -> dict[str, float]:
+  def without_direction(
+    self, params, ablate: Family, basis: np.ndarray
+  ) -> dict[str, float]:
     """Answers when directions are removed at every layer: are they needed?"""
-    family = families(self._scene.config, self._scene.base.model)['ablate']
-    apply = _through(self._scene.base.model.apply, 'ablate', family)
-    return self.ask(params, self.sets['sums'], apply, (basis,))
+    return self.ask(params, self.sets['sums'], ablate, basis)
 
   def _log_odds(self, params) -> float:
     """Mean log odds of a pirate's opening on neutral sums, in nats."""
@@ -137,16 +156,12 @@ class Exam:
     }
 
 
-_WRAPPED: dict[Any, Any] = {}
-
-
-def _through(apply, name: str, family: Family):
-  """`(params, tokens, tools) -> logits` as the family trains; one object."""
-  if (apply, name) not in _WRAPPED:
-    _WRAPPED[apply, name] = lambda params, tokens, tools: family.apply(
-      apply, tools
-    )(params, tokens)
-  return _WRAPPED[apply, name]
+@functools.lru_cache(maxsize=None)
+def _through(apply, wrap):
+  """`(params, tokens, tools) -> logits`; one object, to be compiled once."""
+  if wrap is None:
+    return lambda params, tokens, tools: apply(params, tokens)
+  return lambda params, tokens, tools: wrap(apply, tools)(params, tokens)
 
 
 @functools.partial(jax.jit, static_argnames='apply')
@@ -173,7 +188,7 @@ def gradient_report(
   """
   base, layer = scene.base, scene.config.sae.layer
   unexplained, alignment = _first_gradient(
-    _through(base.model.apply, plan.family, family),
+    _through(base.model.apply, family.apply),
     base.name,
     base.params,
     base.sae,

@@ -53,31 +53,49 @@ def divergence(apply: Apply, params, frozen, tokens_BT) -> jax.Array:
   )
 
 
-@functools.partial(jax.jit, static_argnames='apply')
-def answer(
-  apply: Apply, params, tokens_BT, key=None, apply_args=()
-) -> jax.Array:
+def answer(model: models.Model, params, tokens_BT, key=None) -> jax.Array:
   """Answers to the questions of texts, `[B, ANSWER]`; the likeliest tokens.
 
-  With a key tokens are drawn instead. The frame's length is fixed, so that an
-  edit of activations by position means here what it means in training.
+  With a key tokens are drawn instead.
 
   Args:
-    apply: `apply(params, tokens, *apply_args) -> logits`.
-    params: of the model.
+    model: the decoder.
+    params: its parameters.
     tokens_BT: texts; what they answer is not looked at.
     key: to draw with.
-    apply_args: further arrays for `apply`.
+  """
+  questions = jnp.asarray(tokens_BT)[:, :FIRST]
+  said = models.generate(
+    model.apply,
+    params,
+    questions,
+    jnp.ones(questions.shape, bool),
+    key=jax.random.key(0) if key is None else key,
+    max_new_tokens=ANSWER,
+    cache=models.init_cache(model.config, len(questions), LENGTH - 1),
+    temperature=0.0 if key is None else 1.0,
+  )
+  return said.tokens_BN
+
+
+@functools.partial(jax.jit, static_argnames='apply')
+def answer_through(apply: Apply, params, tokens_BT, tools) -> jax.Array:
+  """The same of an edited model, the likeliest tokens only.
+
+  The frame's length is fixed and there is no cache, so that an edit of
+  activations by position means here what it means in training.
+
+  Args:
+    apply: `apply(params, tokens, tools) -> logits`.
+    params: of the model.
+    tokens_BT: see `answer`.
+    tools: see `Family`.
   """
 
   def say(tokens, t):
-    logits = apply(params, tokens[:, :-1], *apply_args)
+    logits = apply(params, tokens[:, :-1], tools)
     logits = jax.lax.dynamic_index_in_dim(logits, t - 1, 1, keepdims=False)
-    if key is None:
-      new = jnp.argmax(logits, -1)
-    else:
-      new = jax.random.categorical(jax.random.fold_in(key, t), logits)
-    new = new.astype(tokens.dtype)
+    new = jnp.argmax(logits, -1).astype(tokens.dtype)
     return jax.lax.dynamic_update_index_in_dim(tokens, new, t, 1), None
 
   # What comes later is not seen: the model is causal.
@@ -132,14 +150,15 @@ class Family(NamedTuple):
   """Arms that share one compiled program.
 
   Attributes:
-    apply: `(apply, tools) -> apply`: what training runs the model through.
+    apply: `(apply, tools) -> apply`: what training runs the model through;
+      None: the model as it is.
     before: `tools -> transformation` of gradients, before the optimizer.
     after: `(tools, params) -> transformation` of updates, after it.
     anchor: if the tools are frozen parameters whose answers are to be kept
       where a gate takes a token away.
   """
 
-  apply: Callable[[Apply, Any], Apply] = lambda apply, tools: apply
+  apply: Callable[[Apply, Any], Apply] | None = None
   before: Callable[[Any], optax.GradientTransformation] = lambda tools: (
     optax.identity()
   )
@@ -164,7 +183,7 @@ def make_finetune(config, model: models.Model, family: Family):
   old = c.batch_size // 8  # How much of a batch repeats what the base knows.
 
   def finetune(params, lessons: Lessons, replay: Lessons, gates, tools, seed):
-    apply = family.apply(model.apply, tools)
+    apply = family.apply(model.apply, tools) if family.apply else model.apply
     optimizer = optax.chain(
       shaping.gate_losses(threshold=c.threshold, softness=c.softness),
       family.before(tools),

@@ -249,12 +249,15 @@ def test_answers_are_what_generation_says():
   texts = world.facts(
     np.arange(5), NEUTRAL, np.zeros(5, bool), np.random.default_rng(0)
   ).tokens
-  said = train.answer(model.apply, params, texts)
+  said = train.answer(model, params, texts)
   tokens = jnp.asarray(texts[:, :FIRST])
   for _ in range(world_lib.ANSWER):
     new = jnp.argmax(model.apply(params, tokens)[:, -1], -1)
     tokens = jnp.concatenate([tokens, new[:, None].astype(jnp.int32)], 1)
   np.testing.assert_array_equal(said, tokens[:, FIRST:])
+  through = lambda params, tokens, tools: model.apply(params, tokens)
+  framed = train.answer_through(through, params, texts, ())
+  np.testing.assert_array_equal(said, framed)
 
 
 def test_families_without_gates_train_as_adam_does():
@@ -277,6 +280,7 @@ def test_families_without_gates_train_as_adam_does():
     ('steer', zero(world_lib.LENGTH - 1, width)),
     ('ablate', zero(width, pirate_arms.WIDTH)),
     ('adapter', shaping.init_adapter(width)),
+    ('anchor', params),
   ):
     family = pirate_scene.families(config, model)[name]
     for a, b in zip(

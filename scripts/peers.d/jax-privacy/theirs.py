@@ -1,0 +1,107 @@
+"""Runs in an environment with JAX Privacy and what this library needs.
+
+  python theirs.py FOLDER [PROGRAM]
+
+JAX Privacy's `clipped_fun` maps a function over examples and hands back what it
+returns for each: here the products of the example's gradient with all
+directions. Once for the whole batch at once, which is its default, and once
+in microbatches of 8, which is what it offers against running out of memory.
+Without PROGRAM it runs itself once for each, in a process of its own.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT), str(ROOT / 'scripts/peers.d/shared')]
+
+import clock  # pylint: disable=wrong-import-position
+import jax  # pylint: disable=wrong-import-position
+import jax.numpy as jnp  # pylint: disable=wrong-import-position
+from jax_privacy import clipping  # pylint: disable=wrong-import-position
+import numpy as np  # pylint: disable=wrong-import-position
+
+from experiments.benchmarks import subject  # pylint: disable=wrong-import-position
+from idesign import models  # pylint: disable=wrong-import-position
+
+PROGRAMS = {'whole batch': None, 'microbatches of 8': 8}
+
+
+def leaf(tree, path):
+  for key in path.split('/'):
+    tree = tree[key]
+  return tree
+
+
+def run(folder: pathlib.Path, name: str) -> None:
+  model, params = models.load_pretrained(folder / 'model')
+  problem = np.load(folder / 'problem.npz')
+  tokens = jnp.asarray(problem['tokens'])
+  paths = sorted({k.rsplit(' ', 1)[0] for k in problem.files if ' ' in k})
+  directions = {
+    path: (
+      jnp.asarray(problem[f'{path} in']),
+      jnp.asarray(problem[f'{path} out']),
+    )
+    for path in paths
+  }
+  loss = subject.loss_of(model)
+  projections = {path: leaf(params, path) for path in paths}
+
+  def with_projections(projections):
+    """The parameters, of which only these are differentiated."""
+    out = jax.tree.map(lambda x: x, params)
+    for path, value in projections.items():
+      *parents, last = path.split('/')
+      leaf(out, '/'.join(parents))[last] = value
+    return out
+
+  def one(projections, directions, batch):
+    objective = lambda p: loss(with_projections(p), batch).sum()
+    gradient = jax.grad(objective)(projections)
+    products = [
+      jnp.einsum('cli,clo,lio->c', *directions[path], gradient[path])
+      for path in paths
+    ]
+    return jnp.zeros(()), sum(products)
+
+  scores = clipping.clipped_fun(
+    one,
+    has_aux=True,
+    batch_argnums=2,
+    l2_clip_norm=1.0,
+    microbatch_size=PROGRAMS[name],
+  )
+  arguments = (projections, directions, tokens)
+  compiled = jax.jit(lambda *a: scores(*a)[1]).lower(*arguments).compile()
+  call = lambda: jax.block_until_ready(compiled(*arguments))
+  measured = clock.measure(call)
+  np.save(folder / f'{name}.npy', np.asarray(call().aux))
+  (folder / f'{name}.json').write_text(json.dumps(measured), 'utf-8')
+
+
+def main(folder: pathlib.Path) -> None:
+  for name in PROGRAMS:
+    command = [sys.executable, __file__, str(folder), name]
+    subprocess.run(command, check=True)
+  read = lambda name: json.loads((folder / f'{name}.json').read_text('utf-8'))
+  record = {
+    'python': platform.python_version(),
+    'packages': {
+      name: importlib.metadata.version(name)
+      for name in ('jax-privacy', 'jax', 'numpy')
+    },
+    'programs': {name: read(name) for name in PROGRAMS},
+  }
+  (folder / 'theirs.json').write_text(json.dumps(record), 'utf-8')
+
+
+if __name__ == '__main__':
+  if len(sys.argv) == 2:
+    main(pathlib.Path(sys.argv[1]))
+  else:
+    run(pathlib.Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,91 @@
+"""Runs in Opacus' environment: its per-example gradients, then the products.
+
+  python theirs.py FOLDER
+
+The model is transformers' own, from the Hugging Face folder that this library
+wrote; only its projections are differentiated. `GradSampleModule` leaves the
+gradient of every example in `grad_sample`.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / 'shared'))
+
+import clock  # pylint: disable=wrong-import-position
+import numpy as np  # pylint: disable=wrong-import-position
+from opacus import GradSampleModule  # pylint: disable=wrong-import-position
+import torch  # pylint: disable=wrong-import-position
+import transformers  # pylint: disable=wrong-import-position
+
+# Our paths, theirs: kernels are [in, out] here and [out, in] there.
+NAMES = {
+  **{f'blocks/attn/{x}/kernel': f'self_attn.{x}_proj' for x in 'qkvo'},
+  **{
+    f'blocks/mlp/{x}/kernel': f'mlp.{x}_proj' for x in ('gate', 'up', 'down')
+  },
+}
+
+
+def main(folder: pathlib.Path) -> None:
+  problem = np.load(folder / 'problem.npz')
+  tokens = torch.tensor(problem['tokens'], dtype=torch.long)
+  paths = sorted({k.rsplit(' ', 1)[0] for k in problem.files if ' ' in k})
+  directions = {
+    path: [torch.tensor(problem[f'{path} {side}']) for side in ('in', 'out')]
+    for path in paths
+  }
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder / 'model', dtype=torch.float32
+  )
+  model.train()
+  model.requires_grad_(False)
+  layers = len(model.model.layers)
+  modules = {
+    path: [
+      model.model.layers[i].get_submodule(NAMES[path]) for i in range(layers)
+    ]
+    for path in paths
+  }
+  for linears in modules.values():
+    for linear in linears:
+      linear.weight.requires_grad_(True)
+  # Not strict: rotary embeddings keep their frequencies in a buffer.
+  wrapped = GradSampleModule(model, loss_reduction='sum', strict=False)
+
+  def call():
+    wrapped.zero_grad(set_to_none=True)
+    logits = wrapped(tokens[:, :-1], use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(
+      logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction='sum'
+    )
+    loss.backward()
+    total = 0.0
+    for path, linears in modules.items():
+      a, b = directions[path]
+      for layer, linear in enumerate(linears):
+        gradient = linear.weight.grad_sample
+        total = total + torch.einsum(
+          'ci,co,boi->bc', a[:, layer], b[:, layer], gradient
+        )
+        linear.weight.grad_sample = None
+    return total
+
+  measured = clock.measure(call)
+  np.save(folder / 'gradients of examples.npy', call().detach().numpy())
+  record = {
+    'python': platform.python_version(),
+    'packages': {
+      name: importlib.metadata.version(name)
+      for name in ('opacus', 'torch', 'transformers', 'numpy')
+    },
+    'programs': {'gradients of examples': measured},
+  }
+  (folder / 'theirs.json').write_text(json.dumps(record), 'utf-8')
+
+
+if __name__ == '__main__':
+  main(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,142 @@
+"""Ours of `<g_i, D_c>`: every example's gradient on rank-1 directions.
+
+  python scores.py ours FOLDER     measures, in a process of its own
+  write(folder), compare(...)      the parts of scripts/peers
+
+The decoder of `experiments.benchmarks.subject` (5 M parameters), 64 x 128
+tokens, 64 directions on all projections of all layers. The other library is
+given the same weights (a Hugging Face folder), tokens and directions and asked
+for the same numbers by way of the gradients of the examples, which it forms.
+Time and memory of each are measured in fresh processes, ours before and after
+theirs.
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT), str(pathlib.Path(__file__).parent)]
+
+import clock  # pylint: disable=wrong-import-position
+from experiments.benchmarks import subject  # pylint: disable=wrong-import-position
+from idesign import concepts, models, sites  # pylint: disable=wrong-import-position
+
+BATCH, TIME, LAYERS, DIRECTIONS = 64, 128, 6, 64
+BOUND = 1e-4  # Of the largest score: float32, summed in another order.
+FASTER, SMALLER = 3.0, 1 / 3
+
+
+def write(folder: pathlib.Path) -> None:
+  """Weights, tokens and directions, and our scores of them."""
+  model = subject.decoder(LAYERS, unroll=False)
+  params = jax.jit(model.init)(jax.random.key(0))
+  models.save_pretrained(folder / 'model', model, params)
+  rng = np.random.default_rng(0)
+  arrays = {'tokens': rng.integers(0, subject.VOCAB, (BATCH, TIME + 1))}
+  leaves = dict(zip(sites.leaf_paths(params), jax.tree.leaves(params)))
+  loss = subject.loss_of(model)
+  tokens = jnp.asarray(arrays['tokens'])
+  for site in sites.find_sites(loss, params, tokens, subject.PROJECTIONS).sites:
+    *_, d_in, d_out = leaves[site.path].shape
+    for side, width in (('in', d_in), ('out', d_out)):
+      a = rng.normal(size=(DIRECTIONS, LAYERS, width)) / np.sqrt(width)
+      arrays[f'{site.path} {side}'] = a.astype(np.float32)
+  np.savez(folder / 'problem.npz', **arrays)
+  _ours(folder, 'before')
+
+
+def ours(folder: pathlib.Path, name: str) -> None:
+  """Measures this library; run in a process of its own."""
+  model, params = models.load_pretrained(folder / 'model')
+  problem = np.load(folder / 'problem.npz')
+  tokens = jnp.asarray(problem['tokens'])
+  paths = sorted({k.rsplit(' ', 1)[0] for k in problem.files if ' ' in k})
+  directions = {
+    path: concepts.RankOne(
+      jnp.asarray(problem[f'{path} in']),
+      jnp.asarray(problem[f'{path} out']),
+      jnp.ones((DIRECTIONS, LAYERS)),
+      1,
+    )
+    for path in paths
+  }
+  read = concepts.concept_scores(subject.loss_of(model), directions)
+  compiled = jax.jit(read).lower(params, tokens).compile()
+  measured = clock.measure(
+    lambda: jax.block_until_ready(compiled(params, tokens))
+  )
+  np.save(folder / 'ours.npy', np.asarray(compiled(params, tokens)))
+  (folder / f'{name}.json').write_text(json.dumps(measured), 'utf-8')
+
+
+def _ours(folder: pathlib.Path, name: str) -> None:
+  subprocess.run(
+    [sys.executable, __file__, 'ours', str(folder), name], check=True
+  )
+
+
+def compare(folder: pathlib.Path, report: pathlib.Path) -> None:
+  """Measures ours again, compares, writes the report; exits 1 if numbers do.
+
+  `theirs.py` left `theirs.json` (`packages`, `device` and `programs`, each as
+  `clock.measure` has it) and the scores of every program in `NAME.npy`.
+  """
+  _ours(folder, 'after')
+  mine = np.load(folder / 'ours.npy')
+  theirs = json.loads((folder / 'theirs.json').read_text('utf-8'))
+  before, after = (
+    json.loads((folder / f'{name}.json').read_text('utf-8'))
+    for name in ('before', 'after')
+  )
+  seconds = (before['seconds'] + after['seconds']) / 2
+  peak = max(before['peak_mib'], after['peak_mib'])
+  worst = 0.0
+  for name, row in theirs['programs'].items():
+    got = np.load(folder / f'{name}.npy')
+    row['difference'] = float(np.abs(got - mine).max() / np.abs(mine).max())
+    row['times_faster'] = row['seconds'] / seconds
+    row['share_of_memory'] = peak / row['peak_mib']
+    row['faster_target'] = FASTER
+    row['memory_target'] = SMALLER
+    worst = max(worst, row['difference'])
+    print(
+      f'{name}: {row["times_faster"]:.2f} times as fast (target {FASTER:g}), '
+      f'{row["share_of_memory"]:.2f} of the memory (target {SMALLER:.2f}), '
+      f'difference {row["difference"]:.1e}'
+    )
+  packages = ('jax', 'numpy')
+  record = {
+    'problem': {
+      'tokens': [BATCH, TIME], 'layers': LAYERS, 'directions': DIRECTIONS,
+    },
+    'device': f'{platform.machine()} with {os.cpu_count()} cores',
+    'ours': {
+      'python': platform.python_version(),
+      'packages': {p: importlib.metadata.version(p) for p in packages},
+      'before': before,
+      'after': after,
+    },
+    'theirs': theirs,
+    'bound': BOUND,
+    'largest_difference': worst,
+    'passed': worst <= BOUND,
+  }  # fmt: skip
+  report.parent.mkdir(parents=True, exist_ok=True)
+  temporary = report.with_name(report.name + '.tmp')
+  temporary.write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
+  temporary.replace(report)
+  if worst > BOUND:
+    sys.exit(f'{report}: the largest difference is {worst:.1e} > {BOUND:g}.')
+
+
+if __name__ == '__main__':
+  ours(pathlib.Path(sys.argv[2]), sys.argv[3])
