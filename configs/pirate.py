@@ -91,7 +91,8 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   if name == 'smoke':
     config.num_seeds = 2
     config.data.test = 20
-    config.model.d_model, config.model.n_layers = 32, 2
+    config.model.d_model, config.model.n_layers = 32, 1
+    config.sae.layer = 0
     config.base.texts, config.base.steps = 500, 4
     config.base.batch_size = 16
     config.sae.texts, config.sae.steps, config.sae.size = 500, 4, 32

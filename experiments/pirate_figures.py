@@ -16,8 +16,10 @@ from experiments.pirate_claims import (
   CONTROLS,
   DEPLOYABLE,
   PROJECTIONS,
+  SKILLED,
   STRENGTHS,
   Table,
+  at_matched_skill,
 )
 
 KINDS = {
@@ -44,6 +46,7 @@ def draw(workdir: pathlib.Path) -> None:
   ))  # fmt: skip
   figures = {
     'front': _front(table, arms),
+    'pareto': _pareto(table, arms),
     'curves': _curves(table),
     'routed_around': _routed(table, arms),
   }
@@ -89,16 +92,22 @@ def _points(axis, arms, x, y):
 
 
 def _front(table, arms):
+  """Every arm's three numbers at the end of training."""
+
   def make():
-    figure, (left, right) = plt.subplots(
-      1, 2, figsize=(8.2, 0.17 * len(arms) + 1.6), sharey=True
+    figure, axes = plt.subplots(
+      1, 3, figsize=(8.6, 0.17 * len(arms) + 1.4), sharey=True
     )
     order = sorted(
       arms, key=lambda a: (table.pirate(a).mean(), -table.skill(a).mean())
     )
+    trained = lambda arm: np.array(
+      [r['curve']['trained'][-1] for r in table.arm(arm)]
+    )
     for axis, values, label in (
-      (left, table.pirate, 'pirate, neutral prompt, %'),
-      (right, table.skill, 'skill, neutral prompt, %'),
+      (axes[0], table.pirate, 'pirate, neutral prompt, %'),
+      (axes[1], table.skill, 'skill, neutral prompt, %'),
+      (axes[2], trained, 'skill, as in training, %'),
     ):
       for row, arm in enumerate(order):
         colour, marker = KINDS[kind(arm)]
@@ -109,16 +118,60 @@ def _front(table, arms):
       axis.set_xlim(-3, 103)
       axis.set_xlabel(label)
       axis.grid(axis='x', lw=0.3)
-    left.axvline(10, color='k', lw=0.6, ls=':')
-    right.axvline(table.skill('plain').mean() - 3, color='k', lw=0.6, ls=':')
-    left.set_yticks(range(len(order)), order)
-    left.invert_yaxis()
+    axes[0].axvline(10, color='k', lw=0.6, ls=':')
+    axes[1].axvline(table.skill('plain').mean() - 3, color='k', lw=0.6, ls=':')
+    axes[0].set_yticks(range(len(order)), order)
+    axes[0].invert_yaxis()
     for name, (colour, marker) in KINDS.items():
-      right.plot([], [], marker, color=colour, ms=4, label=name)
+      axes[1].plot([], [], marker, color=colour, ms=4, label=name)
     figure.legend(loc='outside upper center', ncols=4)
     return figure
 
   return make
+
+
+def _pareto(table, arms):
+  """Pirate against skill when training skill is reached, and at the end."""
+
+  def make():
+    figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.3), sharey=True)
+    at = lambda arm, key: np.array(
+      [at_matched_skill(r)[key] for r in table.arm(arm)]
+    )
+    for axis, x, y, title in (
+      (
+        axes[0],
+        lambda arm: at(arm, 'pirate'),
+        lambda arm: at(arm, 'right'),
+        f'first look with {SKILLED:g} % training skill',
+      ),
+      (axes[1], table.pirate, table.skill, 'end of training'),
+    ):
+      _points(axis, arms, x, y)
+      best = np.array([[x(a).mean(), y(a).mean()] for a in arms if _usable(a)])
+      if len(best):
+        best = best[np.lexsort((-best[:, 1], best[:, 0]))]
+        # From the left, whatever has more skill than all before it.
+        on = best[:, 1] >= np.maximum.accumulate(best[:, 1])
+        axis.step(
+          best[on, 0], best[on, 1], where='post', lw=0.8,
+          color=KINDS['deployable'][0],
+        )  # fmt: skip
+      axis.set_title(title, fontsize=9)
+      axis.set_xlabel('pirate, neutral prompt, %')
+      axis.set_xlim(-4, 104)
+      axis.set_ylim(-4, 104)
+    axes[0].set_ylabel('skill, neutral prompt, %')
+    figure.legend(
+      *axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=4
+    )
+    return figure
+
+  return make
+
+
+def _usable(arm: str) -> bool:
+  return kind(arm) == 'deployable'
 
 
 def _curves(table):

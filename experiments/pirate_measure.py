@@ -156,7 +156,7 @@ class Exam:
     }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _through(apply, wrap):
   """`(params, tokens, tools) -> logits`; one object, to be compiled once."""
   if wrap is None:

@@ -295,7 +295,7 @@ def test_families_without_gates_train_as_adam_does():
     ('num_seeds', 1, 'config.num_seeds=1'),
     ('seed', 1, 'config.seed=1'),
     ('tune.every', 3, 'config.tune.every=3'),
-    ('sae.layer', 2, 'config.sae.layer=2'),
+    ('sae.layer', 1, 'config.sae.layer=1'),
     ('data.known', 60, 'config.data.known=60'),
   ],
 )

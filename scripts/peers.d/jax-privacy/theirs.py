@@ -16,17 +16,14 @@ import platform
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT), str(ROOT / 'scripts/peers.d/shared')]
+import clock
+import jax
+import jax.numpy as jnp
+from jax_privacy import clipping
+import numpy as np
 
-import clock  # pylint: disable=wrong-import-position
-import jax  # pylint: disable=wrong-import-position
-import jax.numpy as jnp  # pylint: disable=wrong-import-position
-from jax_privacy import clipping  # pylint: disable=wrong-import-position
-import numpy as np  # pylint: disable=wrong-import-position
-
-from experiments.benchmarks import subject  # pylint: disable=wrong-import-position
-from idesign import models  # pylint: disable=wrong-import-position
+from experiments.benchmarks import subject
+from idesign import models
 
 PROGRAMS = {'whole batch': None, 'microbatches of 8': 8}
 

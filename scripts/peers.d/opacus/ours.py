@@ -7,9 +7,7 @@
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / 'shared'))
-
-import scores  # pylint: disable=wrong-import-position
+import scores
 
 if __name__ == '__main__':
   if sys.argv[1] == 'write':

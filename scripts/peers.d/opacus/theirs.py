@@ -13,13 +13,11 @@ import pathlib
 import platform
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / 'shared'))
-
-import clock  # pylint: disable=wrong-import-position
-import numpy as np  # pylint: disable=wrong-import-position
-from opacus import GradSampleModule  # pylint: disable=wrong-import-position
-import torch  # pylint: disable=wrong-import-position
-import transformers  # pylint: disable=wrong-import-position
+import clock
+import numpy as np
+from opacus import GradSampleModule
+import torch
+import transformers
 
 # Our paths, theirs: kernels are [in, out] here and [out, in] there.
 NAMES = {

@@ -23,12 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT), str(pathlib.Path(__file__).parent)]
-
-import clock  # pylint: disable=wrong-import-position
-from experiments.benchmarks import subject  # pylint: disable=wrong-import-position
-from idesign import concepts, models, sites  # pylint: disable=wrong-import-position
+import clock
+from experiments.benchmarks import subject
+from idesign import concepts, models, sites
 
 BATCH, TIME, LAYERS, DIRECTIONS = 64, 128, 6, 64
 BOUND = 1e-4  # Of the largest score: float32, summed in another order.
