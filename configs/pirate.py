@@ -7,7 +7,7 @@ The argument is `[WORLD-]PRESET`. Worlds: `separable` (the default) and
 `entangled`, see `experiments.pirate_world`. Presets: `smoke` (every code path,
 no claim meant), `cpu` (three seeds of the arms that show the point), `paper`
 (five seeds of every arm and placebo), and `choose`: every arm on seeds 0 and
-1. Arms and settings were chosen on seeds 0 to 11; nothing is claimed of them.
+1. Arms and settings were chosen on seeds 0 to 16; nothing is claimed of them.
 Nothing is downloaded; `--config.data.dictionary=FILE` takes a JSON file of
 English words and their pirate forms instead of made-up dialect.
 """
@@ -30,7 +30,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.world = world
   config.preset = name
-  config.seed = 12  # The first; arms and settings were chosen on those before.
+  config.seed = 17  # The first; arms and settings were chosen on those before.
   config.num_seeds = 5
   config.data = ml_collections.ConfigDict(
     {

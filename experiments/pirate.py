@@ -48,7 +48,7 @@ from experiments.pirate_train import (
 from experiments.pirate_world import FIRST, STRENGTHS, World
 from idesign import concepts, judges, shaping
 
-CHOSEN_ON = tuple(range(12))
+CHOSEN_ON = tuple(range(17))
 LIFTED = 40  # Steps of plain fine-tuning once an intervention is lifted.
 
 
@@ -108,15 +108,22 @@ def judge_report(scene: Scene) -> dict[str, Any]:
 def _tokens_found(scene: Scene) -> dict[str, Any]:
   """Of a pirate's tokens the share missed; of the others the share taken."""
   builder = Builder(scene)
-  ratio = pc.attribute(
+  answers = builder.tokens[:, FIRST:]
+  marked = scene.world.lexicon.marked[answers]
+  single = pc.attribute(
     scene.config, scene.base, scene.settings['pirate'], builder.tokens
   ).ratio[:, FIRST:]
-  marked = scene.world.lexicon.marked[builder.tokens[:, FIRST:]]
-  over = ratio > scene.config.tune.threshold
-  return {
-    'missed': float((marked & ~over).sum() / max(marked.sum(), 1)),
-    'false alarms': float((~marked & over).sum() / max((~marked).sum(), 1)),
-  }
+  out = {}
+  for name, ratio in (
+    ('one by one', single),
+    ('by token', shaping.by_token(single, answers)),
+  ):
+    over = ratio > scene.config.tune.threshold
+    out[name] = {
+      'missed': float((marked & ~over).sum() / max(marked.sum(), 1)),
+      'false alarms': float((~marked & over).sum() / max((~marked).sum(), 1)),
+    }
+  return out
 
 
 def movement_report(scene: Scene) -> dict[str, float]:

@@ -87,8 +87,8 @@ class Builder:
   def attribution(self, settings=None, name='judge'):
     """What each token of lessons and replay owes to the clauses, in nats.
 
-    A pirate's tokens are those that become likelier by the pirate's latents.
-    To arithmetic counts the absolute ratio: what the base knows of sums makes
+    A pirate's tokens are those that become likelier by the pirate's latents,
+    in the median over a token's occurrences. To arithmetic counts the absolute ratio: what the base knows of sums makes
     the answers of sums that it does not know yet *less* likely, and is at work
     all the same.
     """
@@ -96,12 +96,15 @@ class Builder:
     settings = scene.settings if settings is None else settings
 
     def make():
-      bears = {'arithmetic': np.abs, 'pirate': np.asarray}
+      bears = {
+        'arithmetic': lambda ratio, tokens: np.abs(ratio),
+        'pirate': shaping.by_token,
+      }
       read = lambda c, tokens: pc.attribute(
         self.config, scene.base, settings[c], tokens
       ).ratio[:, FIRST:]
       columns = [
-        [bears[c](read(c, tokens)) for c in CLAUSES]
+        [bears[c](read(c, tokens), tokens[:, FIRST:]) for c in CLAUSES]
         for tokens in (self.tokens, scene.replay)
       ]
       return tuple(np.stack(c, axis=-1) for c in columns)

@@ -3,6 +3,7 @@
 from idesign.shaping.attribution import (
   Counterfactual,
   Translation,
+  by_token,
   counterfactual,
   translation,
 )

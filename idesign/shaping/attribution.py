@@ -97,6 +97,37 @@ def counterfactual(
   return Counterfactual(ratio, rewritten)
 
 
+def by_token(
+  ratio_BT: Float[np.ndarray, 'B T'], tokens_BT: Int[np.ndarray, 'B T']
+) -> Float[np.ndarray, 'B T']:
+  """Attributions made one for all occurrences of a token: their median.
+
+  What a word owes to a way of speaking it owes wherever it stands, and where
+  the frozen model is wrong about a text a single ratio is wrong as well: of a
+  sum that it cannot do, setting a concept shifts the odds of digits at random.
+  A token that is a concept's in some texts and not in others is given what it
+  is in most.
+
+  Args:
+    ratio_BT: from `counterfactual`, where tokens count.
+    tokens_BT: the same texts and positions.
+
+  Raises:
+    ValueError: if the shapes differ.
+  """
+  ratio, tokens = np.asarray(ratio_BT), np.asarray(tokens_BT)
+  if ratio.shape != tokens.shape:
+    raise ValueError(
+      f'ratios {ratio.shape} for tokens {tokens.shape}: they must be of the '
+      'same texts and positions.'
+    )
+  out = np.empty_like(ratio)
+  for token in np.unique(tokens):
+    at = tokens == token
+    out[at] = np.median(ratio[at])
+  return out
+
+
 class Translation(NamedTuple):
   """How a frozen model says things without a concept, token by token.
 

@@ -108,3 +108,12 @@ def test_bad_input_is_named():
   known = shaping.counterfactual(*both, start=1)
   with pytest.raises(ValueError, match='must be the texts'):
     shaping.translation(known, np.zeros((2, T), int), V, start=1)
+
+
+def test_by_token_every_occurrence_gets_the_median_of_all():
+  tokens = np.array([[1, 2, 1], [1, 2, 3]])
+  ratio = np.array([[5.0, 0.0, 7.0], [-9.0, 8.0, 2.5]], np.float32)
+  found = shaping.by_token(ratio, tokens)
+  np.testing.assert_array_equal(found, [[5, 4, 5], [5, 4, 2.5]])
+  with pytest.raises(ValueError, match=r'ratios \(2, 2\) for tokens \(2, 3\)'):
+    shaping.by_token(ratio[:, :2], tokens)
