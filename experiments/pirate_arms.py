@@ -88,9 +88,9 @@ class Builder:
     """What each token of lessons and replay owes to the clauses, in nats.
 
     A pirate's tokens are those that become likelier by the pirate's latents,
-    in the median over a token's occurrences. To arithmetic counts the absolute ratio: what the base knows of sums makes
-    the answers of sums that it does not know yet *less* likely, and is at work
-    all the same.
+    in the median over a token's occurrences. To arithmetic counts the absolute
+    ratio: what the base knows of sums makes the answers of sums that it does
+    not know yet *less* likely, and is at work all the same.
     """
     scene = self.scene
     settings = scene.settings if settings is None else settings
