@@ -7,7 +7,7 @@ the arithmetic, not the pirate. Fine-tuned without further ado it becomes a
 pirate within fifty steps, before it can add.
 
 The arms are every way this library has of learning the one without the other,
-each with its placebo, beside plain fine-tuning, a mask by an oracle and data
+and placebos, beside plain fine-tuning, a mask by an oracle and data
 rewritten by one (`experiments.pirate_arms`). Concepts are latents of a sparse
 autoencoder trained on the base model before fine-tuning; labelled mean
 differences are arms of their own. What is measured: skill (both digits right,

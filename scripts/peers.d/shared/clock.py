@@ -1,4 +1,4 @@
-"""Time and memory of a call, in any of the environments; needs only NumPy."""
+"""Time and memory of a call, in any of the environments."""
 
 import pathlib
 import statistics

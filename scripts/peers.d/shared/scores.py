@@ -1,7 +1,8 @@
 """Ours of `<g_i, D_c>`: every example's gradient on rank-1 directions.
 
-  python scores.py ours FOLDER     measures, in a process of its own
-  write(folder), compare(...)      the parts of scripts/peers
+  python scores.py write FOLDER
+  python scores.py compare FOLDER REPORT.json
+  python scores.py ours FOLDER NAME    measures, in a process of its own
 
 The decoder of `experiments.benchmarks.subject` (5 M parameters), 64 x 128
 tokens, 64 directions on all projections of all layers. The other library is
@@ -82,9 +83,9 @@ def _ours(folder: pathlib.Path, name: str) -> None:
 
 
 def compare(folder: pathlib.Path, report: pathlib.Path) -> None:
-  """Measures ours again, compares, writes the report; exits 1 if numbers do.
+  """Measures ours again and writes the report; exits 1 if numbers differ.
 
-  `theirs.py` left `theirs.json` (`packages`, `device` and `programs`, each as
+  `theirs.py` left `theirs.json` (`python`, `packages` and `programs`, each as
   `clock.measure` has it) and the scores of every program in `NAME.npy`.
   """
   _ours(folder, 'after')
@@ -135,5 +136,16 @@ def compare(folder: pathlib.Path, report: pathlib.Path) -> None:
     sys.exit(f'{report}: the largest difference is {worst:.1e} > {BOUND:g}.')
 
 
+def main() -> None:
+  part, *paths = sys.argv[1:]
+  folder = pathlib.Path(paths[0])
+  if part == 'write':
+    write(folder)
+  elif part == 'compare':
+    compare(folder, pathlib.Path(paths[1]))
+  else:
+    ours(folder, paths[1])
+
+
 if __name__ == '__main__':
-  ours(pathlib.Path(sys.argv[2]), sys.argv[3])
+  main()
