@@ -34,12 +34,8 @@ from idesign.concepts.report import (
   report,
 )
 from idesign.concepts.sae import SAE, SAEConfig, make_sae, sae_shardings
-from idesign.concepts.sae_io import (
-  LoadedSAE,
-  SAEFileError,
-  load_sae,
-  save_sae,
-)
+from idesign.concepts.sae_formats import SAEFileError
+from idesign.concepts.sae_io import LoadedSAE, load_sae, save_sae
 from idesign.concepts.sae_metrics import (
   Fit,
   LossRecovered,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -112,6 +113,20 @@ class LossRecovered(NamedTuple):
     return (self.zeros - self.spliced) / (self.zeros - self.original)
 
 
+# Outside the function, so that the same loss again is not compiled again.
+@functools.partial(jax.jit, static_argnames=('loss', 'activation'))
+def _three_losses(loss, activation, params, batch, sae: SAE):
+  """Sums as the model is, reconstructed and with zeros; how many examples."""
+  arms = (
+    loss,
+    sites.edit(loss, {activation: lambda h: sae(h).astype(h.dtype)}),
+    sites.edit(loss, {activation: jnp.zeros_like}),
+  )
+  losses = [arm(params, batch) for arm in arms]
+  # How many examples a batch has, only the loss knows.
+  return jnp.stack([jnp.sum(x) for x in losses]), losses[0].size
+
+
 def loss_recovered(
   loss: sites.Loss,
   params: Any,
@@ -133,26 +148,11 @@ def loss_recovered(
     SelectionError: if no activation is named so.
     ValueError: if there are no batches, or the width does not fit.
   """
-  arms = (
-    loss,
-    sites.edit(loss, {activation: lambda h: sae(h).astype(h.dtype)}),
-    sites.edit(loss, {activation: jnp.zeros_like}),
-  )
-
-  def summed(arm):
-    def run(params, batch):
-      # How many examples a batch has, only the loss knows.
-      losses = arm(params, batch)
-      return jnp.sum(losses), losses.size
-
-    return jax.jit(run)
-
-  arms = [summed(arm) for arm in arms]
   sums, count = np.zeros(3), 0
   for batch in batches:
-    found = [arm(params, batch) for arm in arms]
-    sums += [float(total) for total, _ in found]
-    count += int(found[0][1])
+    totals, size = _three_losses(loss, activation, params, batch, sae)
+    sums += np.asarray(totals, np.float64)
+    count += int(size)
   if not count:
     raise ValueError('there are no batches to measure the loss on.')
   return LossRecovered(*(sums / count).tolist())

@@ -69,7 +69,9 @@ def test_the_layouts_are_those_of_the_formats(tmp_path):
   config = json.loads((tmp_path / 'a/cfg.json').read_text())
   assert (config['architecture'], config['k']) == ('topk', K)
   loaded = concepts.load_sae(tmp_path / 'a')
-  assert loaded.metadata == {'hook_name': 'blocks.3.hook_resid_post'}
+  assert loaded.metadata['hook_name'] == 'blocks.3.hook_resid_post'
+  # Without it SAELens would take the file for one of an old release.
+  assert int(loaded.metadata['sae_lens_version'].split('.')[0]) >= 6
   assert loaded.assumed == ()
   concepts.save_sae(tmp_path / 'b', sae, format='sparsify')
   tensors = load_file(tmp_path / 'b/sae.safetensors')

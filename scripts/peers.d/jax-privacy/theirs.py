@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax_privacy import clipping
 import numpy as np
+import problem
 
 from experiments.benchmarks import subject
 from idesign import models
@@ -36,18 +37,9 @@ def leaf(tree, path):
 
 def run(folder: pathlib.Path, name: str) -> None:
   model, params = models.load_pretrained(folder / 'model')
-  problem = np.load(folder / 'problem.npz')
-  tokens = jnp.asarray(problem['tokens'])
-  paths = sorted({k.rsplit(' ', 1)[0] for k in problem.files if ' ' in k})
-  directions = {
-    path: (
-      jnp.asarray(problem[f'{path} in']),
-      jnp.asarray(problem[f'{path} out']),
-    )
-    for path in paths
-  }
+  tokens, directions = jax.tree.map(jnp.asarray, problem.load(folder))
   loss = subject.loss_of(model)
-  projections = {path: leaf(params, path) for path in paths}
+  projections = {path: leaf(params, path) for path in directions}
 
   def with_projections(projections):
     """The parameters, of which only these are differentiated."""
@@ -62,7 +54,7 @@ def run(folder: pathlib.Path, name: str) -> None:
     gradient = jax.grad(objective)(projections)
     products = [
       jnp.einsum('cli,clo,lio->c', *directions[path], gradient[path])
-      for path in paths
+      for path in directions
     ]
     return jnp.zeros(()), sum(products)
 

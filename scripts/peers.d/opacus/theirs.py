@@ -16,6 +16,7 @@ import sys
 import clock
 import numpy as np
 from opacus import GradSampleModule
+import problem
 import torch
 import transformers
 
@@ -29,13 +30,9 @@ NAMES = {
 
 
 def main(folder: pathlib.Path) -> None:
-  problem = np.load(folder / 'problem.npz')
-  tokens = torch.tensor(problem['tokens'], dtype=torch.long)
-  paths = sorted({k.rsplit(' ', 1)[0] for k in problem.files if ' ' in k})
-  directions = {
-    path: [torch.tensor(problem[f'{path} {side}']) for side in ('in', 'out')]
-    for path in paths
-  }
+  tokens, sides = problem.load(folder)
+  tokens = torch.tensor(tokens, dtype=torch.long)
+  directions = {k: [torch.tensor(x) for x in v] for k, v in sides.items()}
   model = transformers.AutoModelForCausalLM.from_pretrained(
     folder / 'model', dtype=torch.float32
   )
@@ -46,7 +43,7 @@ def main(folder: pathlib.Path) -> None:
     path: [
       model.model.layers[i].get_submodule(NAMES[path]) for i in range(layers)
     ]
-    for path in paths
+    for path in directions
   }
   for linears in modules.values():
     for linear in linears:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import clock
+import problem
 from experiments.benchmarks import subject
 from idesign import concepts, models, sites
 
@@ -55,17 +56,12 @@ def write(folder: pathlib.Path) -> None:
 def ours(folder: pathlib.Path, name: str) -> None:
   """Measures this library; run in a process of its own."""
   model, params = models.load_pretrained(folder / 'model')
-  problem = np.load(folder / 'problem.npz')
-  tokens = jnp.asarray(problem['tokens'])
-  paths = sorted({k.rsplit(' ', 1)[0] for k in problem.files if ' ' in k})
+  tokens, sides = problem.load(folder)
+  tokens = jnp.asarray(tokens)
+  size = jnp.ones((DIRECTIONS, LAYERS))
   directions = {
-    path: concepts.RankOne(
-      jnp.asarray(problem[f'{path} in']),
-      jnp.asarray(problem[f'{path} out']),
-      jnp.ones((DIRECTIONS, LAYERS)),
-      1,
-    )
-    for path in paths
+    path: concepts.RankOne(jnp.asarray(a), jnp.asarray(b), size, 1)
+    for path, (a, b) in sides.items()
   }
   read = concepts.concept_scores(subject.loss_of(model), directions)
   compiled = jax.jit(read).lower(params, tokens).compile()
