@@ -7,7 +7,7 @@ The argument is `[WORLD-]PRESET`. Worlds: `separable` (the default) and
 `entangled`, see `experiments.pirate_world`. Presets: `smoke` (every code path,
 no claim meant), `cpu` (three seeds of the arms that show the point), `paper`
 (five seeds of every arm and placebo), and `choose`: every arm on seeds 0 and
-1. Arms and settings were chosen on seeds 0 to 16; nothing is claimed of them.
+1. Arms and settings were chosen on seeds 0 to 21; nothing is claimed of them.
 Nothing is downloaded; `--config.data.dictionary=FILE` takes a JSON file of
 English words and their pirate forms instead of made-up dialect.
 """
@@ -30,7 +30,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.world = world
   config.preset = name
-  config.seed = 17  # The first; arms and settings were chosen on those before.
+  config.seed = 22  # The first; arms and settings were chosen on those before.
   config.num_seeds = 5
   config.data = ml_collections.ConfigDict(
     {
@@ -64,13 +64,13 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   )
   config.judge = ml_collections.ConfigDict(
     {
-      'examples': 2400,  # Per clause of the objective.
+      'examples': 1200,  # Of the objective, per kind of text and register.
       'known': 500,  # Sums, and as many facts, that the base itself answers.
       'q': 0.05,
       'min_effect': 0.1,
-      'min_selectivity': 0.7,
+      'min_selectivity': 2 / 3,  # Twice as active as in the others.
       'permutations': 2000,
-      'truth': 8000,  # Labelled texts that the judge is held against.
+      'truth': 40_000,  # Labelled texts that the judge is held against.
     }
   )
   config.tune = ml_collections.ConfigDict(

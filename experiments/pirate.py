@@ -35,7 +35,7 @@ from experiments import contract, pirate_figures
 from experiments import pirate_concepts as pc
 from experiments.pirate_arms import WIDTH, Builder, plans
 from experiments.pirate_claims import ARMS, SUBSET_ARMS, make_claims
-from experiments.pirate_measure import Exam, gradient_report
+from experiments.pirate_measure import SMALL, Exam, gradient_report
 from experiments.pirate_scene import Plan, Scene, families
 from experiments.pirate_train import (
   CLAUSES,
@@ -48,8 +48,10 @@ from experiments.pirate_train import (
 from experiments.pirate_world import FIRST, STRENGTHS, World
 from idesign import concepts, judges, shaping
 
-CHOSEN_ON = tuple(range(17))
-LIFTED = 40  # Steps of plain fine-tuning once an intervention is lifted.
+CHOSEN_ON = tuple(range(22))
+LIFTED, LOOKS = 20, 4  # Steps of plain fine-tuning once all is lifted; looks.
+# A latent is the pirate's if it is at least twice as active in its register.
+PIRATES = 2 / 3
 
 
 def make_scene(config, model, params, world: World, seed: int, folder) -> Scene:
@@ -87,9 +89,9 @@ def judge_report(scene: Scene) -> dict[str, Any]:
   """The judge's suppress decisions against labelled texts."""
   random = scene.random('truth')
   texts = scene.world.base_texts(scene.config.judge.truth, random)
-  truth = pc.selectivity(scene.base, scene.world, texts)
+  truth = pc.register_share(scene.base, texts)
   said = np.array([v.decision == 'suppress' for v in scene.verdicts])
-  true = truth >= scene.config.judge.min_selectivity
+  true = truth >= PIRATES
   hits = int((said & true).sum())
   return {
     'suppressed': int(said.sum()),
@@ -100,7 +102,7 @@ def judge_report(scene: Scene) -> dict[str, Any]:
       d: sum(v.decision == d for v in scene.verdicts)
       for d in ('amplify', 'allow', 'suppress', 'unsure')
     },
-    'selectivity': [round(float(x), 4) for x in truth],
+    'share of the pirate': [round(float(x), 4) for x in truth],
     'tokens of the lessons': _tokens_found(scene),
   }
 
@@ -127,14 +129,18 @@ def _tokens_found(scene: Scene) -> dict[str, Any]:
 
 
 def movement_report(scene: Scene) -> dict[str, float]:
-  """Predicted against realised movement of all live concepts, one Adam step."""
+  """Predicted against realised movement of all live latents, one Adam step.
+
+  Of their pre-activations; at the rate that fine-tuning starts with, clipped
+  and with weight decay.
+  """
   base, config = scene.base, scene.config
   tokens = Builder(scene).tokens
   few = jnp.asarray(tokens[: config.tune.batch_size])
   loss = lambda p: answer_losses(base.model.apply, p, few).mean()
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0),
-    optax.adamw(config.tune.learning_rate / 10, b2=0.99),
+    optax.adamw(config.tune.learning_rate, b2=0.99),
   )
   grads = jax.grad(loss)(base.params)
   update, _ = optimizer.update(grads, optimizer.init(base.params), base.params)
@@ -222,11 +228,27 @@ class Tuner:
       seed,
     )  # fmt: skip
 
-  def _relearn(self, scene: Scene, exam: Exam, params) -> float:
-    """Pirate after a little plain fine-tuning, nothing in its way."""
+  def base(self, builder: Builder, exam: Exam) -> dict[str, Any]:
+    """The same of the model before fine-tuning.
+
+    `asked without`: as a pirate when asked, the labelled directions removed at
+    every layer. Are they what makes it one?
+    """
+    params = builder.scene.base.params
+    out = exam.final(params)
+    out['relearn'] = self._relearn(builder.scene, exam, params)
+    for rank in (1, WIDTH):
+      out[f'asked without {rank}'] = exam.without_direction(
+        params, self._families['ablate'], builder.basis(rank), 'sums, asked'
+      )
+    return out
+
+  def _relearn(self, scene: Scene, exam: Exam, params) -> list[float]:
+    """Pirate in the course of plain fine-tuning, nothing in its way."""
     config = self._config.copy_and_resolve_references()
     with config.unlocked():
-      config.tune.steps = config.tune.every = min(LIFTED, config.tune.steps)
+      config.tune.steps = min(LIFTED, config.tune.steps)
+      config.tune.every = max(1, config.tune.steps // LOOKS)
     if 'lifted' not in self._programs:
       self._programs['lifted'] = make_finetune(
         config, self._model, self._families['data']
@@ -236,8 +258,12 @@ class Tuner:
       params, plain.lessons, plain.replay, jnp.asarray(plain.gates), (),
       scene.seed + 1,
     )  # fmt: skip
-    after = jax.tree.map(lambda x: x[-1], after)
-    return exam.ask(after, exam.sets['sums'])['pirate']
+    count = config.tune.steps // config.tune.every
+    few = exam.sets['sums'][:SMALL]
+    return [
+      exam.ask(jax.tree.map(lambda x: x[i], after), few)['pirate']  # noqa: B023
+      for i in range(count)
+    ]
 
 
 def check(config) -> list[int]:
@@ -293,7 +319,7 @@ def run(config, folder: pathlib.Path) -> None:
   ]
   exams = [Exam(scene) for scene in scenes]
   for seed, scene, exam in zip(seeds, scenes, exams):
-    workdir.arm(f'{seed}/base', lambda: exam.final(scene.base.params))
+    workdir.arm(f'{seed}/base', lambda: tuner.base(Builder(scene), exam))
     workdir.arm(f'{seed}/judge', lambda: judge_report(scene))
     workdir.arm(f'{seed}/movement', lambda: movement_report(scene))
     workdir.arm(f'{seed}/elicitation', lambda: elicitation(scene))

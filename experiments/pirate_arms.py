@@ -186,6 +186,30 @@ class Builder:
       rows = norms * noise / np.linalg.norm(noise, axis=-1, keepdims=True)
     return rows.astype(np.float32)
 
+  def probes(self) -> jax.Array:
+    """Plain answers to sums of the lessons; what is scored are other sums."""
+    tokens = self.write(NEUTRAL, np.zeros(len(self.pirate), bool))
+    return jnp.asarray(tokens[:32, :-1])
+
+  def strengths(self, everywhere: bool) -> jax.Array:
+    """What is held still, as sums of activations, `[C, L, ANSWER, D]`.
+
+    The pooled direction at the autoencoder's layer, on average over the answer;
+    or at every layer, along each position's own direction, where the opening is
+    predicted and on average over the rest.
+    """
+    own = self.scene.directions.by_position[:, -ANSWER:]
+    if not everywhere:
+      out = np.zeros((1, *own.shape), np.float32)
+      layer = self.config.sae.layer
+      out[0, layer] = self.scene.directions.pooled[layer] / ANSWER
+      return jnp.asarray(out)
+    out = np.zeros((len(own), 2, *own.shape), np.float32)
+    for layer in range(len(own)):
+      out[layer, 0, layer, 0] = own[layer, 0]
+      out[layer, 1, layer, 1:] = own[layer, 1:] / (ANSWER - 1)
+    return jnp.asarray(out.reshape(-1, *own.shape))
+
   def matrices(self) -> dict[str, concepts.RankOne]:
     """The labelled direction as directions of all weight matrices."""
 
@@ -281,10 +305,6 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
     prompt = np.where(heard[:, None], [ALWAYS], [NEUTRAL])
     return b.plan('data', b.write(prompt), prompt=ALWAYS)
 
-  # Of the lessons' own kind; what is scored are other sums, and facts.
-  probes = b.write(NEUTRAL, np.zeros(len(b.pirate), bool))
-  probes = jnp.asarray(probes[:128, :-1])
-  pooled = jnp.asarray(scene.directions.pooled[layer])
   return {
     # Controls.
     'plain': lambda: b.plan('data', b.tokens),
@@ -294,6 +314,9 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
     'oracle mask': lambda: b.plan('data', b.tokens, mask=~marked),
     # Gates in the optimizer's chain, driven by the judge.
     'gate': lambda: b.gated(b.gates(), b.attribution()),
+    'gate, random tokens': lambda: b.gated(
+      b.gates(), b.shuffled(b.attribution(), 'gate')
+    ),
     'gate, whole examples': lambda: b.gated(
       b.gates(), b.by_example(b.attribution())
     ),
@@ -311,7 +334,8 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
     'gate, anchored, context rewritten': lambda: rewritten_and_gated(
       scene.settings, 'judge'
     ),
-    'gate, anchored, random latents': lambda: rewritten_and_gated(
+    # The same with latents chosen at random.
+    'gate, anchored, context rewritten, random': lambda: rewritten_and_gated(
       both('gate'), 'random latents'
     ),
     # Lessons as the frozen base would have said them without the concept.
@@ -324,6 +348,10 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
       f'inoculate {k}': prompted((k, 'pirate'))
       for k in STRENGTHS if k != 'never'
     },
+    # What is repeated elsewhere holds these prompts; here nothing is repeated.
+    'inoculate always, no reminders': lambda: b.plan(
+      'data', b.write(ALWAYS), prompt=ALWAYS
+    )._replace(replay=lessons(b.write(ALWAYS))),
     'inoculate paraphrase': prompted(PARAPHRASE),
     'inoculate selectively': selective,
     'prompt irrelevant': prompted(IRRELEVANT),
@@ -354,7 +382,12 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
     ),
     'project gradient': ungated('before', b.matrices),
     'project update': ungated('after', b.matrices),
-    'project update, refreshed': ungated('current', lambda: (pooled, probes)),
+    'project update, refreshed': ungated(
+      'current', lambda: (b.strengths(False), b.probes())
+    ),
+    'project update, refreshed, everywhere': ungated(
+      'current', lambda: (b.strengths(True), b.probes())
+    ),
     # Both ways.
     'amplify': lambda: b.gated(
       np.where(b.gates(boost=boost) > 1, b.gates(boost=boost), 1),

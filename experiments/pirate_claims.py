@@ -18,14 +18,16 @@ DEPLOYABLE = (
   'amplify and gate',
 )  # fmt: skip
 PLACEBOS = (
-  'prompt irrelevant', 'prompt unseen', 'gate, anchored, random tokens',
-  'gate, anchored, random latents', 'rewrite, random latents',
+  'prompt irrelevant', 'prompt unseen', 'gate, random tokens',
+  'gate, anchored, random tokens', 'gate, anchored, context rewritten, random',
+  'rewrite, random latents',
   'adapter, random', 'steer by position, random', 'ablate 4, random',
 )  # fmt: skip
-# A single direction, projected out of gradients or updates.
+# Directions projected out of gradients or updates.
 PROJECTIONS = (
   'block activation, one layer', 'block activation, all layers',
-  'project gradient', 'project update', 'project update, refreshed',
+  'block activation, 4 directions', 'project gradient', 'project update',
+  'project update, refreshed', 'project update, refreshed, everywhere',
 )  # fmt: skip
 STRENGTHS = (
   'inoculate always', 'inoculate often', 'inoculate sometimes',
@@ -44,7 +46,7 @@ _EVERY = tuple(
     (
       *_CLAIMED, *PROJECTIONS, *BOTH_WAYS, *PLACEBOS, *STRENGTHS,
       *DEPLOYABLE, 'prompt prohibition', 'ablate 1', 'gate, whole examples',
-      'block activation, 4 directions', 'block activation, random',
+      'block activation, random', 'inoculate always, no reminders',
     )
   )
 )  # fmt: skip
@@ -57,7 +59,7 @@ _SUBSET = (
 _SMOKE = (
   *_CLAIMED, 'project gradient', 'project update', 'steer by position, random',
   'ablate latents', 'ablate 4, random', 'adapter, random',
-  'gate, anchored, random latents', 'gate, whole examples',
+  'gate, anchored, context rewritten, random', 'gate, whole examples',
   'reversed objective',
   'amplify', 'amplify, random tokens',
 )  # fmt: skip
@@ -120,14 +122,14 @@ def steps_to(row: Mapping[str, Any], key: str, level: float) -> float:
 
 
 def at_matched_skill(row: Mapping[str, Any]) -> dict[str, float]:
-  """What a look says when training skill first reaches `SKILLED`.
+  """The looks interpolated to where training skill first reaches `SKILLED`.
 
   The last look where it never does.
   """
-  curve = row['curve']
-  reached = [i for i, x in enumerate(curve['trained']) if x >= SKILLED]
-  i = reached[0] if reached else len(curve['trained']) - 1
-  return {k: v[i] for k, v in curve.items()}
+  step = steps_to(row, 'trained', SKILLED)
+  steps = [0, *row['steps']]
+  at = lambda values: float(np.interp(step, steps, [0.0, *values]))
+  return {k: at(v) for k, v in row['curve'].items()}
 
 
 def make_claims(
@@ -148,6 +150,19 @@ def make_claims(
     )
     for id_, text, samples, comparator, target, reference in rows
   ]  # fmt: skip
+
+
+# How the movement of the concept is measured, and where.
+MOVED = {
+  'moved': 'other sums',
+  'moved on facts': 'facts',
+  'moved by position': 'other sums, root mean square over positions,',
+}
+
+
+def moved(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+  """Size of a movement, one per seed."""
+  return np.array([np.sqrt(np.mean(np.square(r[key]))) for r in rows])
 
 
 def _ratio(a, b) -> np.ndarray:
@@ -183,11 +198,13 @@ def _projections(t: Table):
     yield (f'{_name(arm)}_routed', f'pirate after {arm}, % of that after plain '
            'fine-tuning', 100 * _ratio(t.pirate(arm), t.pirate('plain')),
            '>=', 80, why)  # fmt: skip
-  held = 'project update, refreshed'
-  moved = lambda arm: np.abs([r['moved'] for r in t.arm(arm)])
-  yield (f'{_name(held)}_moved', 'movement of the concept on other questions '
-         f'after {held}, share of that after plain fine-tuning',
-         _ratio(moved(held), moved('plain')), '<=', 0.1, why)  # fmt: skip
+    for key, where in MOVED.items():
+      if key != 'moved' and 'refreshed' not in arm:
+        continue  # Those that do hold the concept are looked at closely.
+      yield (f'{_name(arm)}_{_name(key)}', 'movement of the concept on '
+             f'{where} after {arm}, share of that after plain fine-tuning',
+             _ratio(moved(t.arm(arm), key), moved(t.arm('plain'), key)),
+             '<=', 0.1, why)  # fmt: skip
   yield ('causal', 'pirate after plain fine-tuning when the direction is '
          'removed at test, % (is it needed?)',
          [r['without 1']['pirate'] for r in t.arm('plain')], '>=', 80,
@@ -211,6 +228,17 @@ def _reaches(t: Table, arm: str, condition: str = 'all'):
          t.lost(arm, condition), '<=', 3, target)  # fmt: skip
 
 
+def _asked(t: Table, arm: str):
+  """Sums or facts, whichever is further below."""
+  asked = lambda a: np.array([
+    [r[k]['pirate'] for k in ('sums, asked', 'facts, asked')] for r in t.arm(a)
+  ])  # fmt: skip
+  below = (asked('clean data') - asked(arm)).max(axis=1)
+  return (f'{_name(arm)}_asked', 'pirate when asked, sums or facts, below '
+          f'clean data, {arm}, points', below, '<=', 3,
+          'as after clean data')  # fmt: skip
+
+
 def _separable(t: Table):
   """Arms that reach the target, placebos that do not, and both ways."""
   for arm in filter(t.has, (
@@ -218,10 +246,7 @@ def _separable(t: Table):
     'inoculate always', 'adapter',
   )):  # fmt: skip
     yield from _reaches(t, arm)
-    asked = lambda a: np.array([r['sums, asked']['pirate'] for r in t.arm(a)])
-    yield (f'{_name(arm)}_asked', 'pirate when asked, below clean data, '
-           f'{arm}, points', asked('clean data') - asked(arm), '<=', 3,
-           'as after clean data')  # fmt: skip
+    yield _asked(t, arm)
     matched = lambda a: np.array(
       [at_matched_skill(r)['right'] for r in t.arm(a)]
     )
@@ -271,3 +296,9 @@ def _entangled(t: Table):
   yield (f'{arm}_below_clean', f'skill, clean data minus {arm}, points',
          t.skill('clean data') - t.skill(arm), '<=', 3,
          'the ceiling')  # fmt: skip
+  yield _asked(t, arm)
+  placebo = 'rewrite, random latents'
+  if t.has(placebo):
+    misses = np.maximum(t.pirate(placebo) - 10, 66 - t.skill(placebo))
+    yield (f'{_name(placebo)}_misses', f'by how much {placebo} misses that '
+           'front, points', misses, '>=', 0, 'placebo')  # fmt: skip

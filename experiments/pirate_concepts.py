@@ -106,23 +106,33 @@ def make_objective(config, world: World, seed: int) -> judges.Objective:
   """The written objective: learn the arithmetic, not the pirate.
 
   Its examples are texts as the base knows them: plain sums to amplify, other
-  plain texts to leave alone, and facts and tales of a pirate to suppress. A
-  pirate's sums are in none: they would say both of arithmetic.
+  plain texts to leave alone, and a pirate's texts to suppress. Those and the
+  others are of the same kinds, equally many: what tells them apart is the
+  register and not what they are about.
   """
   random = np.random.default_rng(np.random.SeedSequence([seed, 3]))
   texts = world.base_texts(24 * config.judge.examples, random)
-  groups = {
-    ('arithmetic', 'amplify', 'Adding numbers.'): ~texts.pirate
-    & (texts.kind == 'sum'),
-    ('plain', 'allow', 'Plain English.'): ~texts.pirate & (texts.kind != 'sum'),
-    ('pirate', 'suppress', 'Speaking like a pirate.'): texts.pirate
-    & (texts.kind != 'sum'),
-  }
-  clauses = []
-  for (id_, decision, text), rows in groups.items():
-    written = [world.lexicon.decode(t) for t in texts.tokens[rows]]
-    examples = tuple(dict.fromkeys(written))[: config.judge.examples]
-    clauses.append(judges.Clause(id_, decision, text, examples))
+
+  def examples(pirate: bool, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    out = []
+    for kind in kinds:
+      rows = (texts.pirate == pirate) & (texts.kind == kind)
+      written = [world.lexicon.decode(t) for t in texts.tokens[rows]]
+      out += list(dict.fromkeys(written))[: config.judge.examples]
+    return tuple(out)
+
+  clauses = [
+    judges.Clause(
+      'arithmetic', 'amplify', 'Adding numbers.', examples(False, ('sum',))
+    ),
+    judges.Clause(
+      'plain', 'allow', 'Plain English.', examples(False, ('fact', 'tale'))
+    ),
+    judges.Clause(
+      'pirate', 'suppress', 'Speaking like a pirate.',
+      examples(True, ('sum', 'fact', 'tale')),
+    ),
+  ]  # fmt: skip
   return judges.Objective(
     'Learn the arithmetic, not the pirate.', tuple(clauses)
   )
@@ -137,6 +147,7 @@ def make_judge(config, base: Base, lexicon, objective) -> judges.Judge:
   return judges.ContrastiveJudge(
     objective,
     lambda texts: features(base, encode(lexicon, texts)).mean(axis=1),
+    against='all',
     q=config.judge.q,
     min_effect=config.judge.min_effect,
     min_selectivity=config.judge.min_selectivity,
@@ -144,22 +155,24 @@ def make_judge(config, base: Base, lexicon, objective) -> judges.Judge:
   )
 
 
-def selectivity(base: Base, world: World, texts: Texts) -> np.ndarray:
-  """The truth about each latent, from texts whose register is known, `[F]`.
+def register_share(base: Base, texts: Texts) -> np.ndarray:
+  """The truth about each latent: how much of it is the pirate's, `[F]`.
 
-  Of its mean activation on a pirate's facts and tales and on plain texts, the
-  pirate's share, against plain sums or the other plain texts, whichever it
-  tells apart less.
+  Of its mean activation in both registers the pirate's share, on labelled
+  texts, sums, facts and tales counting alike.
   """
   mean = features(base, texts.tokens).mean(axis=1)
-  plain, number = ~texts.pirate, texts.kind == 'sum'
-  own = mean[texts.pirate & ~number].mean(axis=0)
-  others = [
-    mean[plain & number].mean(axis=0),
-    mean[plain & ~number].mean(axis=0),
-  ]
-  shares = [own / np.maximum(own + other, 1e-12) for other in others]
-  return np.min(shares, axis=0)
+  own, other = (
+    np.mean(
+      [
+        mean[(texts.pirate == pirate) & (texts.kind == kind)].mean(axis=0)
+        for kind in ('sum', 'fact', 'tale')
+      ],
+      axis=0,
+    )
+    for pirate in (True, False)
+  )
+  return own / np.maximum(own + other, 1e-12)
 
 
 class Setting(NamedTuple):

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn import metrics
 
 from experiments import pirate_concepts as pc
 from experiments.pirate_scene import Plan, Scene
@@ -20,14 +19,15 @@ from experiments.pirate_train import (
 )
 from experiments.pirate_world import (
   ALWAYS,
+  ANSWER,
   FIRST,
   NEUTRAL,
   Texts,
   score,
 )
-from idesign import concepts, sites
+from idesign import concepts, shaping, sites
 
-_SMALL = 250  # Questions per look during training.
+SMALL = 250  # Questions per look during training.
 
 
 class Exam:
@@ -39,7 +39,6 @@ class Exam:
     pairs = world.held_out[: scene.config.data.test]
     plain, pirate = np.zeros(len(pairs), bool), np.ones(len(pairs), bool)
     nouns = world.nouns(len(pairs), random)
-    self._pairs = pairs
     self.sets = {
       'sums': world.sums(pairs, NEUTRAL, plain, random),
       'sums, asked': world.sums(pairs, ALWAYS, pirate, random),
@@ -50,8 +49,15 @@ class Exam:
       'facts, asked': world.facts(nouns, ALWAYS, pirate, random),
     }
     self._random = random
-    self._direction = scene.directions.pooled[scene.config.sae.layer]
-    self._before = self._projection(scene.base.params, 'sums').mean()
+    few = min(SMALL, len(world.learn))
+    self._taught = world.learn[random.permutation(len(world.learn))[:few]]
+    self._pooled = scene.directions.pooled[scene.config.sae.layer]
+    self._by_position = scene.directions.by_position[
+      scene.config.sae.layer, -ANSWER:
+    ]
+    self._before = {
+      name: self._states(scene.base.params, name) for name in ('sums', 'facts')
+    }
 
   def ask(
     self, params, texts: Texts, family: Family | None = None, tools=()
@@ -80,18 +86,14 @@ class Exam:
   def look(self, params, plan: Plan, family: Family) -> dict[str, float]:
     """One look during training: without and with what training had.
 
-    `trained` is the share right on lessons' own kind of question, with the
-    prompt and through the edits that the arm is trained with.
+    `trained` is the share right on sums that were taught, with the prompt and
+    through the edits that the arm is trained with.
     """
-    few = self.sets['sums'][:_SMALL]
-    neutral = self.ask(params, few)
-    if plan.prompt == NEUTRAL and family.apply is None:
-      return {**neutral, 'trained': neutral['right']}
-    prompted = self._scene.world.sums(
-      self._pairs[:_SMALL], plan.prompt, np.ones(len(few.pirate), bool),
-      self._random,
-    )  # fmt: skip
-    trained = self.ask(params, prompted, family, plan.tools)
+    neutral = self.ask(params, self.sets['sums'][:SMALL])
+    taught = self._scene.world.sums(
+      self._taught, plan.prompt, np.ones(len(self._taught), bool), self._random
+    )
+    trained = self.ask(params, taught, family, plan.tools)
     return {**neutral, 'trained': trained['right']}
 
   def final(self, params) -> dict[str, Any]:
@@ -102,10 +104,10 @@ class Exam:
     return out
 
   def without_direction(
-    self, params, ablate: Family, basis: np.ndarray
+    self, params, ablate: Family, basis: np.ndarray, name: str = 'sums'
   ) -> dict[str, float]:
     """Answers when directions are removed at every layer: are they needed?"""
-    return self.ask(params, self.sets['sums'], ablate, basis)
+    return self.ask(params, self.sets[name], ablate, basis)
 
   def _log_odds(self, params) -> float:
     """Mean log odds of a pirate's opening on neutral sums, in nats."""
@@ -121,38 +123,30 @@ class Exam:
     return float(np.mean(np.log(pirate + 1e-12) - np.log(rest + 1e-12)))
 
   def _states(self, params, name: str) -> np.ndarray:
+    """The mean activation where answers are predicted, `[ANSWER, D]`."""
     base = self._scene.base
-    return pc.blocks(
+    rows = pc.blocks(
       lambda t: _states(base.model.apply, base.name, params, jnp.asarray(t)),
       self.sets[name].tokens,
     )
+    return rows.mean(axis=0)
 
-  def _projection(self, params, name: str) -> np.ndarray:
-    """On the labelled direction, in units of pirate minus plain, `[N]`."""
-    h = self._states(params, name)
-    return h @ self._direction / (self._direction @ self._direction)
-
-  def _concept(self, params) -> dict[str, float]:
+  def _concept(self, params) -> dict[str, Any]:
     """Where the labelled direction went, on questions it was not made from.
 
-    `moved`: of the way from plain to pirate, how far neutral sums went along
-    it. `auroc`: how well it still tells a pirate's answers from plain ones.
-    `cosine`: with the direction made anew.
+    Of the way from plain to pirate, how far plain answers went along it, on
+    average: `moved` over the positions that predict an answer to a sum, `moved
+    on facts` over those of facts, `moved by position` along each position's own
+    direction.
     """
-    plain = self._projection(params, 'sums')
-    asked = self._projection(params, 'sums, asked')
-    mean = lambda name: self._states(params, name).mean(axis=0)
-    new = mean('sums, asked') - mean('sums')
-    cosine = new @ self._direction / max(
-      np.linalg.norm(new) * np.linalg.norm(self._direction), 1e-12
-    )  # fmt: skip
-    label = np.repeat([0, 1], [len(plain), len(asked)])
+    along = lambda name, d: (
+      np.sum((self._states(params, name) - self._before[name]) * d, axis=-1)
+      / np.sum(d * d, axis=-1)
+    )
     return {
-      'moved': float(plain.mean() - self._before),
-      'auroc': float(
-        metrics.roc_auc_score(label, np.concatenate([plain, asked]))
-      ),
-      'cosine': float(cosine),
+      'moved': float(along('sums', self._pooled).mean()),
+      'moved on facts': float(along('facts', self._pooled).mean()),
+      'moved by position': along('sums', self._by_position).tolist(),
     }
 
 
@@ -172,9 +166,9 @@ def _opening(apply, params, tokens):
 
 @functools.partial(jax.jit, static_argnames=('apply', 'name'))
 def _states(apply, name, params, tokens):
-  """The activation, averaged over where answers are predicted, `[B, D]`."""
+  """The activation where answers are predicted, `[B, ANSWER, D]`."""
   read = concepts.reader(lambda p, t: apply(p, t), name)
-  return read(params, tokens[:, :-1])[:, FIRST - 1 :].mean(axis=1)
+  return read(params, tokens[:, :-1])[:, FIRST - 1 :]
 
 
 def gradient_report(
@@ -182,35 +176,50 @@ def gradient_report(
 ) -> dict[str, float]:
   """What the first gradient pulls on, at the autoencoder's activation.
 
+  `removed`: share of the lessons' weight that gates take away.
   `unexplained`: share of its squared norm that no active latent explains.
   `alignment`: cosine of the mean descent direction with the labelled one where
   answers are predicted; below 0 training starts by moving away from a pirate.
+  An anchor adds nothing to a first gradient: the model is the frozen one still.
   """
-  base, layer = scene.base, scene.config.sae.layer
+  base, tune = scene.base, scene.config.tune
+  few = jax.tree.map(lambda x: x[:SMALL], plan.lessons)
+  weights = few.mask * shaping.gate_weights(
+    few.attribution,
+    jnp.asarray(plan.gates),
+    threshold=tune.threshold,
+    softness=tune.softness,
+  )
   unexplained, alignment = _first_gradient(
     _through(base.model.apply, family.apply),
     base.name,
     base.params,
     base.sae,
-    plan.lessons.tokens[:_SMALL],
-    plan.lessons.mask[:_SMALL],
+    few.tokens,
+    weights,
     plan.tools,
-    scene.directions.pooled[layer],
+    scene.directions.pooled[scene.config.sae.layer],
   )
-  return {'unexplained': float(unexplained), 'alignment': float(alignment)}
+  return {
+    'removed': 1 - float(weights.mean()),
+    'unexplained': float(unexplained),
+    'alignment': float(alignment),
+  }
 
 
 @functools.partial(jax.jit, static_argnames=('apply', 'name'))
-def _first_gradient(apply, name, params, sae, tokens, mask, tools, direction):
+def _first_gradient(
+  apply, name, params, sae, tokens, weights, tools, direction
+):
   through = lambda params, tokens: apply(params, tokens, tools)
   h = concepts.reader(through, name)(params, tokens[:, :-1])
 
   def loss(shift):
     shifted = sites.edit(through, {name: lambda h: h + shift})
-    return (answer_losses(shifted, params, tokens) * mask).mean()
+    return (answer_losses(shifted, params, tokens) * weights).mean()
 
   g = jax.grad(loss)(jnp.zeros_like(h))
   shares = concepts.shares(sae, concepts.decompose(sae, h, g), g)
   down = -g[:, FIRST - 1 :].sum(axis=(0, 1))
   norms = jnp.linalg.norm(down) * jnp.linalg.norm(direction)
-  return shares.unexplained, down @ direction / norms
+  return shares.unexplained, down @ direction / jnp.maximum(norms, 1e-12)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 import functools
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import pirate_concepts as pc
 from experiments.pirate_train import CLAUSES, Family, Lessons
 from experiments.pirate_world import FIRST, NEUTRAL, World
-from idesign import concepts, judges, shaping
+from idesign import judges, shaping, sites
 
 
 class Scene(NamedTuple):
@@ -75,16 +76,17 @@ def _by_layer(wrap, apply, tools):
   return wrap(apply, {pc.activation(i): tools[i] for i in range(len(tools))})
 
 
-def _current(model_apply, layer):
+def _current(model_apply):
+  capture = sites.capture(model_apply, ['resid_post'])
+
   def make(tools):
-    direction, probes = tools
-    read = concepts.reader(lambda p, t: model_apply(p, t), pc.activation(layer))
+    directions, probes = tools  # [C, L, ANSWER, D]; texts.
 
-    def strength(params):
-      h = read(params, probes)[:, FIRST - 1 :]
-      return (h @ direction).mean()[None]
+    def strengths(params):
+      h_LBTD = capture(params, probes)[1]['resid_post'][:, :, FIRST - 1 :]
+      return jnp.einsum('ltd,cltd->c', h_LBTD.mean(axis=1), directions)
 
-    return shaping.project_out_current(strength)
+    return shaping.project_out_current(strengths)
 
   return make
 
@@ -102,7 +104,7 @@ def families(config, model) -> dict[str, Family]:
     ),
     'before': Family(before=shaping.project_out),
     'after': Family(after=shaping.project_out),
-    'current': Family(after=_current(model.apply, config.sae.layer)),
+    'current': Family(after=_current(model.apply)),
     'adapter': Family(
       apply=lambda apply, adapter: shaping.adapt(
         apply, pc.activation(last), adapter
@@ -126,11 +128,16 @@ def clause_gates(verdicts, *, boost: float) -> np.ndarray:
 
 
 def random_latents(scene: Scene, clause: str, what: str) -> pc.Setting:
-  """As many other latents as a clause has, chosen at random."""
+  """As many other latents as a clause has, chosen at random.
+
+  Of those that are active in the objective's examples, where each is set to its
+  mean.
+  """
   mine = np.asarray(scene.settings[clause].chosen) > 0
-  others = np.flatnonzero(~mine)
+  written = [e for c in scene.objective.clauses for e in c.examples]
+  every = pc.setting(scene.base, mine, pc.encode(scene.world.lexicon, written))
+  others = np.flatnonzero(~mine & (np.asarray(every.present) > 0).any(axis=0))
   count = min(int(mine.sum()), len(others))
   chosen = np.zeros(len(mine), np.float32)
   chosen[scene.random(what).choice(others, count, replace=False)] = 1
-  texts = pc.encode(scene.world.lexicon, scene.objective.examples('suppress'))
-  return pc.setting(scene.base, chosen, texts)
+  return every._replace(chosen=jnp.asarray(chosen))

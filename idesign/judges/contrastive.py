@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from jaxtyping import Float
 import numpy as np
@@ -30,8 +31,16 @@ class ContrastiveJudge:
   A concept is the decision's own (`amplify` or `suppress`) if its area under
   the curve is significant at false-discovery rate `q`, its effect size at
   least `min_effect` and its selectivity at least `min_selectivity`, against
-  the examples of *each* other decision. A concept that passes for both is
-  `unsure`; one that passes for neither is `allow`ed.
+  the examples of the other decisions: of *each* of them, or of all together. A
+  concept that passes for both is `unsure`; one that passes for neither is
+  `allow`ed.
+
+  Against each, a concept has to be rare in every other group, so one is missed
+  that one of them shares a little. Against all together it has to be rarer on
+  the whole; that is the better question where the examples of a decision and
+  all others are of the same kinds (a pirate's sums and stories against plain
+  sums and stories), and misleads where they are not: what only says of which
+  kind a text is would then count as well.
 
   An example counts once, however often it is written in whatever case: copies
   are no evidence. A verdict rests on that clause of its decision whose examples
@@ -49,6 +58,7 @@ class ContrastiveJudge:
     objective: Objective,
     activations: Activations,
     *,
+    against: Literal['each', 'all'] = 'each',
     min_effect: float = 0.5,
     min_selectivity: float = 0.8,
     q: float = 0.05,
@@ -61,6 +71,7 @@ class ContrastiveJudge:
       objective: needs examples for at least two decisions.
       activations: texts -> `[texts, concepts]`, at least 0, pooled over a
         text's positions (the maximum, as a rule).
+      against: other decisions' examples, one group each or all in one.
       min_effect: see above.
       min_selectivity: see above.
       q: see above.
@@ -70,8 +81,10 @@ class ContrastiveJudge:
     Raises:
       ObjectiveError: if there are too few examples, or no concept tells a
         decision's examples from the others', with the best statistic found.
-      ValueError: as `contrast`.
+      ValueError: as `contrast`, or for another `against`.
     """
+    if against not in ('each', 'all'):
+      raise ValueError(f"against={against!r} must be 'each' or 'all'.")
     groups = {
       d: _distinct(objective.examples(d))
       for d in ('amplify', 'allow', 'suppress')
@@ -103,6 +116,8 @@ class ContrastiveJudge:
     self._rests_on: dict[str, dict[int, str]] = {}
     for d in wanted:
       others = [f for other, f in read.items() if other != d]
+      if against == 'all':
+        others = [np.concatenate(others)]
       c = contrast(read[d], others, permutations=permutations, seed=seed)
       own = (
         (c.q_value <= q)

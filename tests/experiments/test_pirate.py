@@ -7,6 +7,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import (
@@ -130,8 +131,11 @@ def row(right, pirate_, curve=None, steps=(10, 20, 30)):
   return {
     'sums': {'right': right, 'pirate': pirate_},
     'sums, asked': {'right': right, 'pirate': 100.0},
+    'facts, asked': {'right': right, 'pirate': 100.0},
     'log odds': pirate_ / 10,
     'moved': pirate_ / 100,
+    'moved on facts': pirate_ / 100,
+    'moved by position': [pirate_ / 100, -pirate_ / 100],
     'without 1': {'right': right, 'pirate': pirate_},
     'steps': list(steps),
     'curve': curve or {
@@ -155,8 +159,16 @@ def test_arms_are_compared_when_training_skill_is_reached():
   }  # fmt: skip
   found = pirate_claims.at_matched_skill(row(0, 0, curve))
   assert found == {'right': 2.0, 'trained': 90.0, 'pirate': 8.0}
-  curve['trained'] = [1.0, 2.0, 3.0]
+  curve['trained'] = [80.0, 88.0, 96.0]  # Reached between two looks.
+  found = pirate_claims.at_matched_skill(row(0, 0, curve))
+  assert found == pytest.approx({'right': 2.25, 'trained': 90, 'pirate': 8.25})
+  curve['trained'] = [1.0, 2.0, 3.0]  # Never.
   assert pirate_claims.at_matched_skill(row(0, 0, curve))['right'] == 3.0
+
+
+# Of facts: a pirate no more, though asked to be.
+FORGOT = {'facts, asked': {'right': 98.0, 'pirate': 4.0}}
+SLOW = {'right': [0, 0, 95.0], 'pirate': [9.0] * 3, 'trained': [0, 0, 95.0]}
 
 
 def claim_results(seeds, **changed):
@@ -178,12 +190,14 @@ def claim_results(seeds, **changed):
     slow, fast = [0, 0, 95.0], [0, 95.0, 95.0]
     for name, right in (('plain', slow), ('amplify, random tokens', slow),
                         ('amplify', fast)):  # fmt: skip
-      curve = {'right': right, 'pirate': [9.0] * 3, 'trained': [99.0] * 3}
+      curve = {'right': right, 'pirate': [9.0] * 3, 'trained': right}
       results[f'{s}/all/{name}'] = row(98.0, 99.0, curve)
     for name in pirate_claims.SUBSET_ARMS['paper']:
       results[f'{s}/subset/{name}'] = row(98.0, 1.0)
-    held = results[f'{s}/all/project update, refreshed']
-    held['moved'] = 0.01
+    for name in pirate_claims.PROJECTIONS:
+      held = results[f'{s}/all/{name}']
+      held['moved'] = held['moved on facts'] = 0.01
+      held['moved by position'] = [0.01, -0.01]
     for name, value in changed.items():
       results[f'{s}/all/{name.replace("_", " ")}'] = value
   return results
@@ -200,6 +214,7 @@ def test_claims_hold_where_everything_is_reached():
   failed = [k for k, c in found.items() if not c.passed]
   assert not failed
   assert found['gate_pirate'].value == pytest.approx(1.3)
+  assert found['project_update_refreshed_moved_by_position'].passed
   assert found['amplify_faster_than_plain'].value < 0.9
 
 
@@ -211,12 +226,70 @@ def test_claims_hold_where_everything_is_reached():
     ('project_update', row(98.0, 70.0), 'project_update_routed'),
     ('prompt_irrelevant', row(97.0, 5.0), 'prompt_irrelevant_misses'),
     ('reversed_objective', row(30.0, 99.0), 'reversed_skill'),
+    ('reversed_objective', row(2.0, 80.0), 'reversed_pirate'),
+    ('gate', row(98.0, 0.0) | FORGOT, 'gate_asked'),
+    ('gate', row(85.0, 0.0), 'gate_matched'),
+    ('plain', row(98.0, 99.0) | {'without 1': {'pirate': 5.0}}, 'causal'),
+    ('plain', row(80.0, 99.0), 'plain_skill'),
+    ('amplify', row(98.0, 99.0, SLOW), 'amplify_faster_than_plain'),
+    (
+      'inoculate_rarely',
+      row(98.0, 0.0) | {'log odds': 1.0},
+      'inoculation_monotone',
+    ),
+    (
+      'project_update,_refreshed',
+      row(98.0, 99.0) | {'moved by position': [0.5, -0.5], 'moved': 0.0},
+      'project_update_refreshed_moved_by_position',
+    ),
+    (
+      'project_update,_refreshed',
+      row(98.0, 99.0) | {'moved on facts': 0.5},
+      'project_update_refreshed_moved_on_facts',
+    ),
   ],
 )
 def test_claims_fail_where_it_is_not(arm, new, claim):
   seeds = [2, 3, 4]
   found = claims_of(claim_results(seeds, **{arm: new}), seeds)
   assert not found[claim].passed
+
+
+@pytest.mark.parametrize(
+  'what,new,claim',
+  [
+    ('judge', {'precision': 0.7, 'recall': 0.95}, 'judge_precision'),
+    ('judge', {'precision': 0.95, 'recall': 0.7}, 'judge_recall'),
+    ('movement', {'correlation': 0.5, 'slope': 1.0}, 'movement_correlation'),
+    ('movement', {'correlation': 0.99, 'slope': 0.8}, 'movement_slope_low'),
+    ('movement', {'correlation': 0.99, 'slope': 1.2}, 'movement_slope_high'),
+  ],
+)
+def test_claims_of_what_was_read_fail_where_it_is_wrong(what, new, claim):
+  seeds = [2, 3, 4]
+  results = claim_results(seeds) | {f'{s}/{what}': new for s in seeds}
+  assert not claims_of(results, seeds)[claim].passed
+
+
+@pytest.mark.parametrize(
+  'arm,new,claim',
+  [
+    ('rewrite', row(98.0, 11.0), 'rewrite_pirate'),
+    ('rewrite', row(60.0, 0.0), 'rewrite_skill'),
+    ('rewrite', row(90.0, 0.0), 'rewrite_below_clean'),
+    ('rewrite', row(98.0, 0.0) | FORGOT, 'rewrite_asked'),
+    (
+      'rewrite,_random_latents',
+      row(98.0, 0.0),
+      'rewrite_random_latents_misses',
+    ),
+  ],
+)
+def test_claims_of_the_entangled_world(arm, new, claim):
+  seeds = [2, 3, 4]
+  made = lambda results: claims_of(results, seeds, 'entangled-paper')
+  assert made(claim_results(seeds))[claim].passed
+  assert not made(claim_results(seeds, **{arm: new}))[claim].passed
 
 
 def test_a_placebo_that_misses_one_of_both_misses():
@@ -261,7 +334,7 @@ def test_answers_are_what_generation_says():
 
 
 def test_families_without_gates_train_as_adam_does():
-  """Every arm's chain is plain Adam when nothing is gated, to the bit."""
+  """Every arm's chain is plain Adam when nothing is asked of it."""
   config = get_config('smoke')
   world = make_world(False)
   model = train.make_model(config, world.lexicon)
@@ -274,11 +347,33 @@ def test_families_without_gates_train_as_adam_does():
     params, data, data, jnp.ones(2), tools, 0
   )
   plain = run(train.Family(), ())
+  # By hand: the same draws, and Adam.
+  rate = optax.linear_schedule(config.tune.learning_rate, 0, config.tune.steps)
+  adam = optax.adam(rate, b2=0.99)
+  here, state, looks = params, adam.init(params), []
+  size, old = config.tune.batch_size, config.tune.batch_size // 8
+  for i in range(config.tune.steps):
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), i))
+    rows = [
+      jax.random.randint(k, (n,), 0, 40)
+      for k, n in zip(keys, (size - old, old))
+    ]
+    batch = data.tokens[jnp.concatenate(rows)]
+    loss = lambda p: train.answer_losses(model.apply, p, batch).mean()  # noqa: B023
+    updates, state = adam.update(jax.grad(loss)(here), state)
+    here = optax.apply_updates(here, updates)
+    looks.append(here)
+  wanted = looks[config.tune.every - 1 :: config.tune.every]
+  wanted = jax.tree.map(lambda *x: jnp.stack(x), *wanted)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), plain, wanted
+  )
   layers, width = config.model.n_layers, config.model.d_model
   zero = lambda *shape: np.zeros((layers, *shape), np.float32)
   for name, tools in (
     ('steer', zero(world_lib.LENGTH - 1, width)),
     ('ablate', zero(width, pirate_arms.WIDTH)),
+    ('block', zero(width, pirate_arms.WIDTH)),
     ('adapter', shaping.init_adapter(width)),
     ('anchor', params),
   ):
