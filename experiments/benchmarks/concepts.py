@@ -8,10 +8,15 @@ tokens.
 Times are medians over interleaved repeats, each as a ratio to the program that
 it is to be compared with, in the same run:
 
-  report, F         the movement of all F concepts under the update that was
-                    applied, for every sequence of the batch; over one step
-  gated step        a step whose gate weighs every token by two concepts; over
-                    one step
+  movement, F       the predicted change of all F concepts under the update that
+                    was applied, for every sequence of the batch; over one step
+  whole report, F   `concepts.report` of the same: statistics on the host, and
+                    the share of each concept at every token; over one step
+  gated step        a step whose gate weighs every token by two concepts, over
+                    the plain `training.make_train_step`
+  anchored step     the same, that keeps the frozen model's answers
+  attribution       what 6 tokens of every sequence owe to a concept, asked of
+                    the frozen model; once per data set, not per step
   64 rank-1 scores  the inner product of every sequence's gradient with 64
                     directions on all projections; over one gradient
 """
@@ -19,6 +24,7 @@ it is to be compared with, in the same run:
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 import os
 import statistics as stats
 import time
@@ -43,13 +49,17 @@ from idesign import training
 
 SIZES = (1024, 4096, 16384)  # Numbers of concepts.
 DIRECTIONS = 64
+ATTRIBUTED = 6  # Tokens of each text.
 # Name -> (what it is compared with, at most how often its time).
 TARGETS = {
-  **{f'report, {size} concepts': ('step', 2.5) for size in SIZES},
+  **{f'movement, {size} concepts': ('step', 2.5) for size in SIZES},
+  **{f'whole report, {size} concepts': ('step', 2.5) for size in SIZES},
   'gated step': ('step', 1.05),
+  'anchored step': ('step', None),
+  'attribution': ('step', None),
   f'{DIRECTIONS} rank-1 scores': ('gradient', 1.15),
 }
-# The report of the most concepts over that of the fewest: independent of them.
+# Of the most concepts over the fewest: independent of their number.
 GROWTH_TARGET = 1.1
 
 
@@ -70,19 +80,34 @@ def programs(batch: int, time_: int, layers: int) -> dict[str, Any]:
       logits, data['tokens'][:, 1:]
     )
 
-  def step(*gate):
-    optimizer = optax.chain(*gate, optax.adam(1e-3))
-    state = training.TrainState(
+  def start(optimizer):
+    return training.TrainState(
       jnp.zeros((), jnp.int32),
       params,
       optimizer.init(params),
       jax.random.key(3),
     )
-    # The same wrapper, so that only the gate differs; nothing is donated, since
-    # every repeat takes the same arguments.
-    made = shaping.make_gated_step(token_losses, optimizer)
+
+  adam = optax.adam(1e-3)
+  # Nothing is donated, since every repeat takes the same arguments.
+  plain = training.make_train_step(
+    lambda p, d: token_losses(p, d).mean(axis=1), adam
+  )
+
+  def gated(anchor=None):
+    optimizer = optax.chain(shaping.gate_losses(), adam)
+    made = shaping.make_gated_step(token_losses, optimizer, anchor=anchor)
     gates = jnp.array([0.0, 2.0])
-    return jax.jit(lambda s, d, g: made(s, d, gates=g)), (state, data, gates)
+    step = jax.jit(lambda s, d, g: made(s, d, gates=g))
+    return step, (start(optimizer), data, gates)
+
+  frozen = jax.tree.map(jnp.copy, params)
+
+  def divergence(params, data):
+    logits = lambda p: model.apply(p, data['tokens'][:, :-1])
+    return optax.kl_divergence(
+      jax.nn.log_softmax(logits(params)), jax.nn.softmax(logits(frozen))
+    )
 
   loss = loss_of(model)
   read = concepts.reader(
@@ -90,7 +115,7 @@ def programs(batch: int, time_: int, layers: int) -> dict[str, Any]:
     f'resid_post[{layers - 1}:{layers}]',
   )
   update = jax.tree.map(lambda p: 1e-3 * jnp.sign(p), params)
-  report = jax.jit(
+  moved = jax.jit(
     lambda p, u, x, columns: concepts.predicted_change(read, columns, p, u, x)
   )
   out: dict[str, Any] = {
@@ -98,12 +123,20 @@ def programs(batch: int, time_: int, layers: int) -> dict[str, Any]:
       jax.jit(jax.grad(lambda p, x: loss(p, x).sum())),
       (params, tokens),
     ),
-    'step': step(),
-    'gated step': step(shaping.gate_losses()),
+    'step': (jax.jit(plain), (start(adam), data)),
+    'gated step': gated(),
+    'anchored step': gated(divergence),
+    'attribution': _attribution(model, params, tokens, layers),
   }
   for size in SIZES:
-    columns = jax.random.normal(jax.random.key(4), (D_MODEL, size))
-    out[f'report, {size} concepts'] = report, (params, update, tokens, columns)
+    sae = _autoencoder(size)
+    columns = sae.params['W_enc']
+    out[f'movement, {size} concepts'] = moved, (params, update, tokens, columns)
+    # Not one program: part of it is done on the host.
+    out[f'whole report, {size} concepts'] = (
+      functools.partial(concepts.report, jax.jit(read)),
+      (sae, params, update, tokens),
+    )
   found = sites.find_sites(loss, params, tokens, PROJECTIONS).sites
   k = jax.random.split(jax.random.key(5), 2)
   leaves = dict(zip(sites.leaf_paths(params), jax.tree.leaves(params)))
@@ -120,10 +153,47 @@ def programs(batch: int, time_: int, layers: int) -> dict[str, Any]:
     jax.jit(lambda p, x, d: concepts.concept_scores(loss, d)(p, x)),
     (params, tokens, directions),
   )
-  return {
-    name: (f.lower(*arguments).compile(), arguments)
-    for name, (f, arguments) in out.items()
-  }
+  compiled = lambda f, arguments: (
+    f.lower(*arguments).compile() if hasattr(f, 'lower') else f
+  )
+  return {name: (compiled(f, a), a) for name, (f, a) in out.items()}
+
+
+def _autoencoder(size: int) -> concepts.SAE:
+  key = jax.random.split(jax.random.key(4), 2)
+  config = concepts.SAEConfig(
+    architecture='topk', d_in=D_MODEL, d_sae=size, k=16
+  )
+  return concepts.make_sae(
+    config,
+    {
+      'W_enc': jax.random.normal(key[0], (D_MODEL, size)),
+      'W_dec': jax.random.normal(key[1], (size, D_MODEL)),
+      'b_enc': jnp.zeros(size),
+      'b_dec': jnp.zeros(D_MODEL),
+    },
+  )
+
+
+def _attribution(model, params, tokens, layers: int):
+  """A program that sets and removes four features of the frozen model."""
+  name = f'resid_post[{layers // 2}:{layers // 2 + 1}]'
+  sae = _autoencoder(SIZES[0])
+  chosen = jnp.zeros(SIZES[0]).at[:4].set(1)
+
+  def under(params, value):
+    apply = shaping.set_features(
+      model.apply, name, sae, jnp.full(SIZES[0], value), chosen
+    )
+    return lambda t: apply(params, t)
+
+  read = lambda params, tokens: shaping.counterfactual(
+    under(params, 1.0),
+    under(params, 0.0),
+    tokens,
+    start=tokens.shape[1] - ATTRIBUTED,
+  )
+  return jax.jit(read), (params, tokens)
 
 
 def measure(
@@ -149,15 +219,20 @@ def measure(
       'ratio': stats.median(ratios),
       'range': [min(ratios), max(ratios)],
       'target': target,
-      'temporary_mib': f.memory_analysis().temp_size_in_bytes / 2**20,
+      'temporary_mib': f.memory_analysis().temp_size_in_bytes / 2**20
+      if hasattr(f, 'memory_analysis')
+      else None,
     }
-  few, many = (f'report, {size} concepts' for size in (SIZES[0], SIZES[-1]))
+  growth = {}
+  for what in ('movement', 'whole report'):
+    few, many = (times[f'{what}, {s} concepts'] for s in (SIZES[0], SIZES[-1]))
+    growth[what] = stats.median([a / b for a, b in zip(many, few)])
   return {
     'tokens': [batch, time_],
     'repeats': repeats,
     'device': f'{jax.devices()[0].device_kind} with {os.cpu_count()} cores',
     'programs': rows,
-    'growth': stats.median([a / b for a, b in zip(times[many], times[few])]),
+    'growth': growth,
   }
 
 
@@ -171,16 +246,17 @@ def markdown(result: dict[str, Any]) -> str:
     '|---|---|---|---|---|---|',
   ]
   for name, r in result['programs'].items():
-    low, high = r['range']
+    (low, high), memory = r['range'], r['temporary_mib']
     judged = ' | ' if r['target'] is None else verdict(r['ratio'], r['target'])
     lines.append(
       f'| {name} | {r["over"]} | {r["ratio"]:.2f} [{low:.2f}, {high:.2f}] '
-      f'| {judged} | {r["temporary_mib"]:.0f} |'
+      f'| {judged} | {"" if memory is None else f"{memory:.0f}"} |'
     )
-  lines.append(
-    f'| report, {SIZES[-1]} concepts | report, {SIZES[0]} '
-    f'| {result["growth"]:.2f} | {verdict(result["growth"], GROWTH_TARGET)} | |'
-  )
+  for what, growth in result['growth'].items():
+    lines.append(
+      f'| {what}, {SIZES[-1]} concepts | {what}, {SIZES[0]} '
+      f'| {growth:.2f} | {verdict(growth, GROWTH_TARGET)} | |'
+    )
   batch, time_ = result['tokens']
   return (
     '\n'.join(lines) + f'\n\n{batch} x {time_} tokens, {result["device"]}, '

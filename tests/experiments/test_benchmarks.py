@@ -69,13 +69,17 @@ def test_the_table_of_concepts_judges_every_target(tmp_path):
   result = json.loads(out.read_text())
   rows = result['programs']
   assert set(concepts_benchmark.TARGETS) < set(rows)
-  # No report holds an array of sequences, positions and concepts.
+  # No movement holds an array of sequences, positions and concepts.
   sizes = concepts_benchmark.SIZES
-  memory = [rows[f'report, {n} concepts']['temporary_mib'] for n in sizes]
+  memory = [rows[f'movement, {n} concepts']['temporary_mib'] for n in sizes]
   assert memory[-1] - memory[0] < 2 * 16 * sizes[-1] * 4 / 2**20
   for target, verdict in ((0.0, '**fails**'), (1e9, 'holds')):
     for row in rows.values():
       row['target'] = None if row['target'] is None else target
     table = concepts_benchmark.markdown(result)
-    judged = [r for r in table.splitlines() if 'rank-1' in r or 'gated' in r]
-    assert len(judged) == 2 and all(verdict in r for r in judged)
+    judged = [
+      r for r in table.splitlines()
+      if 'rank-1' in r or 'gated' in r or 'concepts | step' in r
+    ]  # fmt: skip
+    assert len(judged) == 2 + 2 * len(sizes)
+    assert all(verdict in r for r in judged)

@@ -15,6 +15,7 @@ from experiments import (
   pirate,
   pirate_arms,
   pirate_claims,
+  pirate_concepts,
   pirate_scene,
 )
 from experiments import pirate_train as train
@@ -382,6 +383,61 @@ def test_families_without_gates_train_as_adam_does():
       jax.tree.leaves(plain), jax.tree.leaves(run(family, tools)), strict=True
     ):
       np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+class _Scene:
+  """As much of a scene as lessons and directions need."""
+
+  def __init__(self, config, world):
+    shape = (config.model.n_layers, world_lib.LENGTH - 1, config.model.d_model)
+    rows = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    pooled = rows[:, -world_lib.ANSWER :].mean(axis=1)
+    self.config, self.world = config, world
+    self.directions = pirate_concepts.Directions(rows, pooled)
+
+  def random(self, what):
+    return np.random.default_rng(len(what))
+
+
+@pytest.fixture(scope='module')
+def builder():
+  return pirate_arms.Builder(_Scene(get_config('smoke'), make_world(False)))
+
+
+def test_a_placebo_has_the_mass_of_what_it_stands_for(builder):
+  a = np.random.default_rng(1).normal(size=(30, world_lib.ANSWER, 2))
+  (b,) = builder.shuffled((a,), 'gate')
+  rows = lambda x: sorted(map(tuple, x.reshape(-1, 2)))
+  assert rows(a) == rows(b) and (a != b).any(axis=-1).mean() > 0.8
+
+
+def test_what_is_held_is_the_mean_along_the_directions(builder):
+  d = builder.scene.directions
+  layer, answer = builder.config.sae.layer, world_lib.ANSWER
+  h = np.random.default_rng(2).normal(size=d.by_position[:, -answer:].shape)
+  held = lambda everywhere: np.einsum(
+    'ltd,cltd->c', h, builder.strengths(everywhere)
+  )
+  expected = h[layer].mean(axis=0) @ d.pooled[layer]
+  np.testing.assert_allclose(held(False), [expected], rtol=1e-5)
+  along = (h * d.by_position[:, -answer:]).sum(axis=-1)
+  expected = np.stack([along[:, 0], along[:, 1:].mean(axis=1)], axis=1)
+  np.testing.assert_allclose(held(True), expected.ravel(), rtol=1e-4)
+
+
+def test_the_pirates_share_counts_kinds_alike(monkeypatch):
+  texts = make_world(False).base_texts(3000, np.random.default_rng(0))
+  # One latent for the register, one for sums, one of a pirate's sums alone, one
+  # that is twice as active in a pirate's texts, one that never is.
+  is_sum = texts.kind == 'sum'
+  latents = [
+    texts.pirate, is_sum, texts.pirate & is_sum, 1 + texts.pirate,
+    np.zeros(len(is_sum)),
+  ]  # fmt: skip
+  f = np.stack(latents, axis=-1).astype(float)[:, None]
+  monkeypatch.setattr(pirate_concepts, 'features', lambda base, tokens: f)
+  share = pirate_concepts.register_share(None, texts)
+  np.testing.assert_allclose(share, [1, 1 / 2, 1, 2 / 3, 0])
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,19 @@ def test_it_finds_what_each_clause_owns():
   assert clauses == ['pirate', 'sums', '', '', '', '', 'pirate', '']
 
 
+def test_against_all_a_concept_may_be_shared_a_little():
+  """Of `arr hello` two thirds are the pirate's, but a half beside `hello`."""
+  decide = lambda **kw: (
+    judges.ContrastiveJudge(
+      objective(), activations, min_selectivity=0.55, permutations=500, **kw
+    )(0, [judges.Evidence(3)])[0].decision
+  )
+  assert decide() == 'allow'
+  assert decide(against='all') == 'suppress'
+  with pytest.raises(ValueError, match="against='most'"):
+    decide(against='most')
+
+
 def test_reversed_it_decides_the_opposite():
   judge = judges.ContrastiveJudge(
     objective().reversed(), activations, permutations=2000

@@ -69,7 +69,7 @@ def main(folder: pathlib.Path) -> None:
         linear.weight.grad_sample = None
     return total
 
-  measured = clock.measure(call)
+  measured = clock.measure(lambda: call)
   np.save(folder / 'gradients of examples.npy', call().detach().numpy())
   record = {
     'python': platform.python_version(),

@@ -15,16 +15,20 @@ def _mib(key: str) -> float:
   raise RuntimeError(f'{_STATUS} has no {key}: memory is measured on Linux.')
 
 
-def measure(call) -> dict[str, float]:
+def measure(prepare) -> dict[str, float]:
   """Seconds of a call, and its memory above what the process had before.
 
-  The process should be fresh: what an allocator kept from earlier work is not
-  seen. The first call, which warms up, counts for memory and not for time.
+  Memory is the highest resident size while it is called, above that before it
+  was prepared: what a compiler leaves with the allocator counts. The process
+  should be fresh. The first call, which warms up, counts for memory and not for
+  time.
 
   Args:
-    call: without arguments; returns when everything is computed.
+    prepare: returns the call, compiled if need be; the call takes no arguments
+      and returns when everything is computed.
   """
   before = _mib('VmRSS')
+  call = prepare()
   # From here on the kernel's mark of the highest resident size starts anew.
   pathlib.Path('/proc/self/clear_refs').write_text('5', 'ascii')
   seconds = []

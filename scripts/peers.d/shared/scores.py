@@ -9,7 +9,8 @@ tokens, 64 directions on all projections of all layers. The other library is
 given the same weights (a Hugging Face folder), tokens and directions and asked
 for the same numbers by way of the gradients of the examples, which it forms.
 Time and memory of each are measured in fresh processes, ours before and after
-theirs.
+theirs. The report says of each of its programs whether ours is as much faster
+and smaller as we aim at.
 """
 
 import importlib.metadata
@@ -64,11 +65,13 @@ def ours(folder: pathlib.Path, name: str) -> None:
     for path, (a, b) in sides.items()
   }
   read = concepts.concept_scores(subject.loss_of(model), directions)
-  compiled = jax.jit(read).lower(params, tokens).compile()
-  measured = clock.measure(
-    lambda: jax.block_until_ready(compiled(params, tokens))
-  )
-  np.save(folder / 'ours.npy', np.asarray(compiled(params, tokens)))
+
+  def prepare():
+    compiled = jax.jit(read).lower(params, tokens).compile()
+    return lambda: jax.block_until_ready(compiled(params, tokens))
+
+  measured = clock.measure(prepare)
+  np.save(folder / 'ours.npy', np.asarray(prepare()()))
   (folder / f'{name}.json').write_text(json.dumps(measured), 'utf-8')
 
 
@@ -99,8 +102,8 @@ def compare(folder: pathlib.Path, report: pathlib.Path) -> None:
     row['difference'] = float(np.abs(got - mine).max() / np.abs(mine).max())
     row['times_faster'] = row['seconds'] / seconds
     row['share_of_memory'] = peak / row['peak_mib']
-    row['faster_target'] = FASTER
-    row['memory_target'] = SMALLER
+    row['faster'] = row['times_faster'] >= FASTER
+    row['smaller'] = row['share_of_memory'] <= SMALLER
     worst = max(worst, row['difference'])
     print(
       f'{name}: {row["times_faster"]:.2f} times as fast (target {FASTER:g}), '
@@ -120,9 +123,10 @@ def compare(folder: pathlib.Path, report: pathlib.Path) -> None:
       'after': after,
     },
     'theirs': theirs,
+    'targets': {'times_faster': FASTER, 'share_of_memory': SMALLER},
     'bound': BOUND,
     'largest_difference': worst,
-    'passed': worst <= BOUND,
+    'same_numbers': worst <= BOUND,
   }  # fmt: skip
   report.parent.mkdir(parents=True, exist_ok=True)
   temporary = report.with_name(report.name + '.tmp')
