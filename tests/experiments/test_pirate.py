@@ -215,7 +215,7 @@ def test_claims_hold_where_everything_is_reached():
   failed = [k for k, c in found.items() if not c.passed]
   assert not failed
   assert found['gate_pirate'].value == pytest.approx(1.3)
-  assert found['project_update_refreshed_moved_by_position'].passed
+  assert found['project_update_refreshed_moved_at_opening'].passed
   assert found['amplify_faster_than_plain'].value < 0.9
 
 
@@ -241,7 +241,7 @@ def test_claims_hold_where_everything_is_reached():
     (
       'project_update,_refreshed',
       row(98.0, 99.0) | {'moved by position': [0.5, -0.5], 'moved': 0.0},
-      'project_update_refreshed_moved_by_position',
+      'project_update_refreshed_moved_at_opening',
     ),
     (
       'project_update,_refreshed',
