@@ -28,6 +28,7 @@ KINDS = {
   'projections': ('#D55E00', 'X'),
   'placebos and others': ('#9A9A9A', 'D'),
 }
+CORNER = 16.0, 70.0  # Where a figure of the upper left corner ends.
 CURVES = {
   'plain': '#000000', 'clean data': '#7F7F7F', 'gate, anchored': '#0072B2',
   'rewrite': '#56B4E9', 'inoculate always': '#009E73', 'adapter': '#CC79A7',
@@ -131,37 +132,42 @@ def _front(table, arms):
 
 
 def _pareto(table, arms):
-  """Pirate against skill when training skill is reached, and at the end."""
+  """Pirate against skill when training skill is reached; and the corner."""
 
   def make():
-    figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.3), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 4.0))
     at = lambda arm, key: np.array(
       [at_matched_skill(r)[key] for r in table.arm(arm)]
     )
-    for axis, x, y, title in (
-      (
-        axes[0],
-        lambda arm: at(arm, 'pirate'),
-        lambda arm: at(arm, 'right'),
-        f'first look with {SKILLED:g} % training skill',
-      ),
-      (axes[1], table.pirate, table.skill, 'end of training'),
-    ):
+    x, y = lambda arm: at(arm, 'pirate'), lambda arm: at(arm, 'right')
+    mean = {arm: (x(arm).mean(), y(arm).mean()) for arm in arms}
+    best = np.array(sorted(mean[a] for a in arms if _usable(a)))
+    for axis in axes:
       _points(axis, arms, x, y)
-      best = np.array([[x(a).mean(), y(a).mean()] for a in arms if _usable(a)])
       if len(best):
-        best = best[np.lexsort((-best[:, 1], best[:, 0]))]
         # From the left, whatever has more skill than all before it.
         on = best[:, 1] >= np.maximum.accumulate(best[:, 1])
         axis.step(
           best[on, 0], best[on, 1], where='post', lw=0.8,
           color=KINDS['deployable'][0],
         )  # fmt: skip
-      axis.set_title(title, fontsize=9)
       axis.set_xlabel('pirate, neutral prompt, %')
-      axis.set_xlim(-4, 104)
-      axis.set_ylim(-4, 104)
-    axes[0].set_ylabel('skill, neutral prompt, %')
+    axes[0].set_xlim(-4, 104)
+    axes[0].set_ylim(-4, 104)
+    axes[0].set_ylabel(
+      f'skill, neutral prompt, %, at {SKILLED:g} % training skill'
+    )
+    axes[1].set_title('upper left corner', fontsize=9)
+    axes[1].set_xlim(-0.5, CORNER[0])
+    axes[1].set_ylim(CORNER[1], 100)
+    inside = [a for a in arms if mean[a][0] < 10 and mean[a][1] > CORNER[1]]
+    inside.sort(key=lambda a: -mean[a][1])
+    for arm, height in zip(inside, np.linspace(0.97, 0.03, len(inside))):
+      axes[1].annotate(
+        arm, mean[arm], (0.42, height), textcoords='axes fraction', fontsize=7,
+        va='center', color=KINDS[kind(arm)][0],
+        arrowprops={'arrowstyle': '-', 'lw': 0.4, 'color': '#BBBBBB'},
+      )  # fmt: skip
     figure.legend(
       *axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=4
     )
