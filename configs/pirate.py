@@ -7,8 +7,8 @@ The argument is `[WORLD-]PRESET`. Worlds: `separable` (the default) and
 `entangled`, see `experiments.pirate_world`. Presets: `smoke` (every code path,
 no claim meant), `cpu` (three seeds of the arms that show the point), `paper`
 (five seeds of every arm and placebo), and `choose`: every arm on seeds 0 and
-1. Arms and settings were chosen on seeds 0 to 21, in five rounds, each looked at
-on fresh seeds that the next round spent; nothing is claimed of them.
+1. Arms and settings were chosen on seeds 0 to 21, in five rounds, each looked
+at on fresh seeds that the next round spent; nothing is claimed of them.
 Nothing is downloaded; `--config.data.dictionary=FILE` takes a JSON file of
 English words and their pirate forms instead of made-up dialect.
 """

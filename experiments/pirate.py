@@ -13,9 +13,9 @@ autoencoder trained on the base model before fine-tuning; labelled mean
 differences are arms of their own. What is measured: skill (both digits right,
 in whatever register) and pirate (a pirate's word anywhere in the answer) on
 held-out sums under a neutral prompt; the same when asked to be a pirate, on
-facts, under other prompts, and on what was taught, with what training had; where
-the concept's direction went, on questions that did not define it; and how fast
-the trait is learned once nothing holds it back.
+facts, under other prompts, and on what was taught, with what training had;
+where the concept's direction went, on questions that did not define it; and how
+fast the trait is learned once nothing holds it back.
 
 What came out, and why:
 
@@ -27,10 +27,11 @@ random, and half a percent of digits taken for the pirate's costs five points of
 skill.
 
 *A gate alone is not safe.* A token taken away leaves its place unlabelled, and
-what is learned beside it drifts in: on some seeds the answer opens with a digit,
-on others the pirate comes back, and the oracle's mask, which is never wrong
-about a token, suffers from it too. So the weight that a gate takes away goes to
-staying as the frozen model is there: an anchor. With it the gate is dependable.
+what is learned beside it drifts in: on some seeds the answer opens with a
+digit, on others the pirate comes back, and the oracle's mask, which is never
+wrong about a token, suffers from it too. So the weight that a gate takes away
+goes to staying as the frozen model is there: an anchor. With it the gate is
+dependable.
 
 *A gate needs something to keep.* Where the token that carries the answer
 carries the pirate as well (the entangled world), gates take away the lesson.
@@ -46,9 +47,9 @@ repeats is beside it. A disposable adapter works on some seeds and not on
 others.
 
 *Projections.* `project gradient` and `project update` remove one direction of
-parameter space, of rank 1 in every matrix, taken at the base. The refreshed ones
-remove, from the update that is applied and anew at every step, whatever moves
-the concept: on average over the answer at one layer, or at every layer where
+parameter space, of rank 1 in every matrix, taken at the base. The refreshed
+ones remove, from the update that is applied and anew at every step, whatever
+moves the concept: on average over the answer at one layer, or at every layer where
 the answer opens and over the rest. That the direction is not needed for being a
 pirate (asked to be one, the base is one without it; so is the fine-tuned model)
 says that it can be read and not that it is the route.
