@@ -1,5 +1,6 @@
 """The pirate experiment: its world, its claims, and every code path."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -476,3 +477,16 @@ def test_smoke_runs_every_path_and_resumes(tmp_path):
   pirate.run(config, tmp_path)
   again = json.loads((tmp_path / 'results.json').read_text())
   assert again[key] == kept
+
+
+@pytest.mark.parametrize(
+  'world,folder', [('separable', 'pirate'), ('entangled', 'pirate-entangled')]
+)
+def test_the_committed_claims_are_those_of_the_committed_results(world, folder):
+  path = ROOT / 'results' / folder
+  results = json.loads((path / 'results.json').read_text())
+  config = get_config(f'{world}-paper')
+  seeds = range(config.seed, config.seed + config.num_seeds)
+  claims = pirate_claims.make_claims(config, results, seeds)
+  rows = json.loads(json.dumps([dataclasses.asdict(c) for c in claims]))
+  assert rows == json.loads((path / 'claims.json').read_text())
