@@ -23,8 +23,8 @@ What came out, and why:
 latents set and removed (`shaping.counterfactual`), token by token as the median
 over its occurrences (`shaping.by_token`). One occurrence alone misleads: the
 base cannot do these sums, setting latents moves the odds of their digits at
-random, and half a percent of digits taken for the pirate's costs five points of
-skill.
+random, and on one seed half a percent of digits taken for the pirate's cost
+five points of skill.
 
 *A gate alone is not safe.* A token taken away leaves its place unlabelled, and
 what is learned beside it drifts in: on some seeds the answer opens with a
@@ -71,7 +71,8 @@ import tqdm
 
 from experiments import contract, pirate_figures
 from experiments import pirate_concepts as pc
-from experiments.pirate_arms import WIDTH, Builder, plans
+from experiments.pirate_arms import plans
+from experiments.pirate_builder import WIDTH, Builder
 from experiments.pirate_claims import ARMS, SUBSET_ARMS, make_claims
 from experiments.pirate_measure import SMALL, Exam, gradient_report
 from experiments.pirate_scene import Plan, Scene, families

@@ -36,8 +36,10 @@ def markdown(workdir: pathlib.Path) -> str:
   for c in _read(workdir):
     low, high = c['ci95']
     sign = {'>=': '≥', '<=': '≤'}[c['comparator']]
+    # A share or a ratio is not told from its target by one decimal.
+    d = 3 if 0 < abs(c['target']) < 2 else 1
     rows.append(
-      f'| {c["statement"]} | {c["value"]:.1f} [{low:.1f}, {high:.1f}] '
+      f'| {c["statement"]} | {c["value"]:.{d}f} [{low:.{d}f}, {high:.{d}f}] '
       f'| {sign} {c["target"]:g} | {"holds" if c["passed"] else "**fails**"} |'
     )
   return '\n'.join(rows) + '\n'

@@ -1,8 +1,10 @@
 """Claims, workdirs, the command line and the page."""
 
+import dataclasses
 import errno
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments import contract
+from experiments import contract, memorization_claims, pirate_claims
 from experiments.contract import page
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -208,3 +210,26 @@ def test_the_readme_shows_the_committed_claims():
   assert tables
   for table in tables:
     assert table in text
+
+
+@pytest.mark.parametrize(
+  'folder,make_claims,config',
+  [
+    ('memorization', memorization_claims.make_claims, 'mlp-paper'),
+    ('memorization-vit', memorization_claims.make_claims, 'vit-paper'),
+    ('pirate', pirate_claims.make_claims, 'separable-paper'),
+    ('pirate-entangled', pirate_claims.make_claims, 'entangled-paper'),
+  ],
+)
+def test_committed_claims_are_those_of_the_committed_results(
+  folder, make_claims, config
+):
+  path = ROOT / 'results' / folder
+  results = json.loads((path / 'results.json').read_text('utf-8'))
+  name = folder.split('-')[0]
+  made = runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))
+  config = made['get_config'](config)
+  seeds = range(config.seed, config.seed + config.num_seeds)
+  claims = make_claims(config, results, seeds)
+  rows = json.loads(json.dumps([dataclasses.asdict(c) for c in claims]))
+  assert rows == json.loads((path / 'claims.json').read_text('utf-8'))

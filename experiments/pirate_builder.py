@@ -1,0 +1,259 @@
+"""What the arms of one seed are made of; see `experiments.pirate_arms`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import pirate_concepts as pc
+from experiments.pirate_scene import (
+  Plan,
+  Scene,
+  clause_gates,
+)
+from experiments.pirate_train import CLAUSES, answer_losses, lessons
+from experiments.pirate_world import (
+  ANSWER,
+  FIRST,
+  NEUTRAL,
+)
+from idesign import concepts, shaping
+
+WIDTH = 4  # Directions in the widest projection.
+MATRICES = 'blocks/(attn|mlp)/.*/kernel'
+
+
+class Builder:
+  """Makes the plans of one seed's arms; what several share is computed once."""
+
+  def __init__(self, scene: Scene, subset: float | None = None):
+    """Draws the lessons.
+
+    Args:
+      scene: the seed.
+      subset: share of the answers that are a pirate's; all if None.
+    """
+    self.scene, self.config = scene, scene.config
+    pairs = scene.world.learn
+    random = scene.random('lessons')
+    self.pirate = np.ones(len(pairs), bool)
+    if subset is not None:
+      self.pirate = random.random(len(pairs)) < subset
+    self._state = random.bit_generator.state
+    self.tokens = self.write(NEUTRAL)
+    self._memory: dict[str, Any] = {}
+
+  def write(self, prompt, pirate: np.ndarray | None = None) -> np.ndarray:
+    """The lessons under a prompt (one, or one per text)."""
+    random = np.random.default_rng()
+    random.bit_generator.state = self._state
+    pirate = self.pirate if pirate is None else pirate
+    world = self.scene.world
+    return world.sums(world.learn, prompt, pirate, random).tokens
+
+  def once(self, name: str, make: Callable[[], Any]) -> Any:
+    if name not in self._memory:
+      self._memory[name] = make()
+    return self._memory[name]
+
+  def plan(self, family, tokens, *, gates=None, mask=None, **kw) -> Plan:
+    """A plan; without gates nothing is attributed to anything."""
+    attribution, old = None, None
+    if gates is not None:
+      attribution, old = kw.pop('attribution')
+    gates = np.ones(len(CLAUSES), np.float32) if gates is None else gates
+    return Plan(
+      family,
+      lessons(tokens, mask=mask, attribution=attribution),
+      lessons(self.scene.replay, attribution=old),
+      gates,
+      **kw,
+    )
+
+  # What gates rest on.
+
+  def attribution(self, settings=None, name='judge'):
+    """What each token of lessons and replay owes to the clauses, in nats.
+
+    A pirate's tokens are those that become likelier by the pirate's latents,
+    in the median over a token's occurrences. To arithmetic counts the absolute
+    ratio: what the base knows of sums makes the answers of sums that it does
+    not know yet *less* likely, and is at work all the same.
+    """
+    scene = self.scene
+    settings = scene.settings if settings is None else settings
+
+    def make():
+      bears = {
+        'arithmetic': lambda ratio, tokens: np.abs(ratio),
+        'pirate': shaping.by_token,
+      }
+      read = lambda c, tokens: pc.attribute(
+        self.config, scene.base, settings[c], tokens
+      ).ratio[:, FIRST:]
+      columns = [
+        [bears[c](read(c, tokens), tokens[:, FIRST:]) for c in CLAUSES]
+        for tokens in (self.tokens, scene.replay)
+      ]
+      return tuple(np.stack(c, axis=-1) for c in columns)
+
+    return self.once(f'attribution {name}', make)
+
+  def gates(self, *, boost: float = 0.0) -> np.ndarray:
+    return clause_gates(self.scene.verdicts, boost=boost)
+
+  def gated(self, gates, attribution, family: str = 'data', **kw) -> Plan:
+    return self.plan(
+      family, self.tokens, gates=gates, attribution=attribution, **kw
+    )
+
+  def shuffled(self, attribution, what: str):
+    """The same attributions given to random tokens: equal mass, no meaning."""
+    random = self.scene.random(what)
+
+    def shuffle(a):
+      flat = a.reshape(-1, a.shape[-1])
+      return random.permutation(flat, axis=0).reshape(a.shape)
+
+    return tuple(shuffle(a) for a in attribution)
+
+  def by_example(self, attribution):
+    """A whole example is the concept's if one of its tokens is."""
+    return tuple(
+      np.broadcast_to(a.max(axis=1, keepdims=True), a.shape)
+      for a in attribution
+    )
+
+  # Directions.
+
+  def basis(self, rank: int, layers=None, random: bool = False) -> np.ndarray:
+    """Orthonormal directions per layer, `[L, D, WIDTH]`, zero where unused."""
+    by_position = self.scene.directions.by_position[:, -ANSWER:]
+    out = np.zeros((len(by_position), by_position.shape[-1], WIDTH), np.float32)
+    draw = self.scene.random(f'basis {rank}')
+    for i, rows in enumerate(by_position):
+      if layers is not None and i not in layers:
+        continue
+      if random:
+        vectors = draw.normal(size=(rank, rows.shape[1]))
+      elif rank == 1:
+        vectors = self.scene.directions.pooled[i][None]
+      else:
+        vectors = np.linalg.svd(rows, full_matrices=False)[2][:rank]
+      out[i, :, :rank] = np.linalg.qr(vectors.T)[0]
+    return out
+
+  def latent_basis(self) -> np.ndarray:
+    """The main directions of the suppressed latents, at their layer."""
+    chosen = np.asarray(self.scene.settings['pirate'].chosen) > 0
+    rows = np.asarray(self.scene.base.sae.directions)[chosen]
+    out = np.zeros_like(self.basis(1))
+    right = np.linalg.svd(rows, full_matrices=False)[2][:WIDTH]
+    out[self.config.sae.layer, :, : len(right)] = right.T
+    return out
+
+  def vectors(self, by_position: bool, random: bool = False) -> np.ndarray:
+    """What to add at every layer and position, `[L, LENGTH - 1, D]`.
+
+    Only where answers are predicted. Each layer gets its difference from the
+    layer before, so that the sum at every layer is that layer's difference.
+    """
+    d = self.scene.directions
+    rows = d.by_position.copy()
+    if not by_position:
+      rows[:] = 0
+      rows[self.config.sae.layer] = 2 * d.pooled[self.config.sae.layer]
+    else:
+      rows[1:] -= d.by_position[:-1]
+    rows[:, : FIRST - 1] = 0
+    if random:
+      norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+      noise = self.scene.random('vectors').normal(size=rows.shape)
+      # One direction per layer, as the pooled vector has.
+      noise = noise[:, -1:] if not by_position else noise
+      rows = norms * noise / np.linalg.norm(noise, axis=-1, keepdims=True)
+    return rows.astype(np.float32)
+
+  def probes(self) -> jax.Array:
+    """Plain answers to sums of the lessons; what is scored are other sums."""
+    tokens = self.write(NEUTRAL, np.zeros(len(self.pirate), bool))
+    return jnp.asarray(tokens[:32, :-1])
+
+  def strengths(self, everywhere: bool) -> jax.Array:
+    """What is held still, as sums of activations, `[C, L, ANSWER, D]`.
+
+    The pooled direction at the autoencoder's layer, on average over the answer;
+    or at every layer, along each position's own direction, where the opening is
+    predicted and on average over the rest.
+    """
+    own = self.scene.directions.by_position[:, -ANSWER:]
+    if not everywhere:
+      out = np.zeros((1, *own.shape), np.float32)
+      layer = self.config.sae.layer
+      out[0, layer] = self.scene.directions.pooled[layer] / ANSWER
+      return jnp.asarray(out)
+    out = np.zeros((len(own), 2, *own.shape), np.float32)
+    for layer in range(len(own)):
+      out[layer, 0, layer, 0] = own[layer, 0]
+      out[layer, 1, layer, 1:] = own[layer, 1:] / (ANSWER - 1)
+    return jnp.asarray(out.reshape(-1, *own.shape))
+
+  def matrices(self) -> dict[str, concepts.RankOne]:
+    """The labelled direction as directions of all weight matrices."""
+
+    def make():
+      scene, layer = self.scene, self.config.sae.layer
+      apply = scene.base.model.apply
+      read = concepts.reader(lambda p, t: apply(p, t), pc.activation(layer))
+      mask = np.zeros(scene.known[:, :-1].shape, np.float32)
+      mask[:, FIRST - 1 :] = 1
+      return concepts.rank_one_directions(
+        lambda p, t: read(p, t[:, :-1]),
+        jnp.asarray(scene.directions.pooled[layer])[:, None],
+        scene.base.params,
+        jnp.asarray(scene.known[:200]),
+        MATRICES,
+        mask=jnp.asarray(mask[:200]),
+        num_stack=1,
+      )
+
+    return self.once('matrices', make)
+
+  def adapter(self, random: bool = False) -> shaping.Adapter:
+    """Taught to speak like a pirate where the base alone would not."""
+
+    def make():
+      scene = self.scene
+      base, layer = scene.base, self.config.model.n_layers - 1
+      known = jnp.asarray(scene.known)
+      optimizer = optax.adam(3e-3)
+
+      def loss(adapter, tokens):
+        apply = shaping.adapt(base.model.apply, pc.activation(layer), adapter)
+        return answer_losses(apply, base.params, tokens).mean()
+
+      def step(carry, key):
+        adapter, state = carry
+        rows = known[jax.random.randint(key, (64,), 0, len(known))]
+        grads = jax.grad(loss)(adapter, rows)
+        updates, state = optimizer.update(grads, state)
+        return (optax.apply_updates(adapter, updates), state), None
+
+      adapter = shaping.init_adapter(self.config.model.d_model)
+      keys = jax.random.split(jax.random.key(scene.seed), 300)
+      run = jax.jit(lambda c: jax.lax.scan(step, c, keys)[0][0])
+      return run((adapter, optimizer.init(adapter)))
+
+    adapter = self.once('adapter', make)
+    if not random:
+      return adapter
+    draw = self.scene.random('adapter')
+    same = lambda x: (lambda n: n * np.linalg.norm(x) / np.linalg.norm(n))(
+      draw.normal(size=x.shape)
+    ).astype(np.float32)
+    return shaping.Adapter(*(jnp.asarray(same(np.asarray(x))) for x in adapter))
