@@ -428,8 +428,8 @@ def test_what_is_held_is_the_mean_along_the_directions(builder):
 def test_the_pirates_share_counts_kinds_alike(monkeypatch):
   texts = make_world(False).base_texts(3000, np.random.default_rng(0))
   # One latent for the register, one for sums, one of a pirate's sums alone, one
-  # that is twice as active in a pirate's texts, one that never is, one for facts
-  # and a pirate's tales.
+  # that is twice as active in a pirate's texts, one that never is, one for
+  # facts and a pirate's tales.
   is_sum = texts.kind == 'sum'
   latents = [
     texts.pirate, is_sum, texts.pirate & is_sum, 1 + texts.pirate,
