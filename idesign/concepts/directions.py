@@ -147,6 +147,7 @@ def concept_scores(
   directions: Mapping[str, RankOne],
   *,
   by_position: bool = False,
+  microbatch: int | None = None,
 ) -> Callable[[PyTree, Any], Float[Array, 'B *T C']]:
   r"""`score[b, c] = <grad loss_b, D_c>`, in one ordinary backward pass.
 
@@ -158,6 +159,9 @@ def concept_scores(
     directions: from `rank_one_directions`.
     by_position: split over the positions that each weight sees, whose number
       must be one and the same.
+    microbatch: how many examples to read at once, one such part after the
+      other; all if None. Scores are the same, memory is that of a part. Every
+      array of the batch must have examples as its first axis.
 
   Returns:
     `scores(params, batch)`, to be jitted by the caller; `[B, C]`, or
@@ -165,7 +169,8 @@ def concept_scores(
 
   Raises (when called or traced):
     UnreadUseError: if a parameter is also used where no statistic is read.
-    ValueError: by position, if weights see different numbers of positions.
+    ValueError: by position, if weights see different numbers of positions; for
+      a microbatch that does not divide the batch.
   """
   statistic = (
     sites.direction_product_by_position
@@ -195,7 +200,21 @@ def concept_scores(
       total = total + value
     return total
 
-  return scores
+  def in_parts(params, batch):
+    sizes = {x.shape[0] for x in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or microbatch < 1 or min(sizes) % microbatch:
+      raise ValueError(
+        f'microbatch={microbatch} for arrays of {sorted(sizes)} examples: it '
+        'must divide their number, one and the same in all arrays.'
+      )
+    (size,) = sizes
+    split = lambda x: x.reshape(size // microbatch, microbatch, *x.shape[1:])
+    parts = jax.lax.map(
+      lambda part: scores(params, part), jax.tree.map(split, batch)
+    )
+    return parts.reshape(size, *parts.shape[2:])
+
+  return scores if microbatch is None else in_parts
 
 
 def _site_inputs(direction: RankOne) -> tuple[Array, Array]:

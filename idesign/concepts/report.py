@@ -19,6 +19,7 @@ import numpy as np
 from idesign.concepts.activations import Read, token_mean
 from idesign.concepts.decompose import (
   ChangeStatistics,
+  Decomposition,
   Shares,
   change_statistics,
   decompose,
@@ -318,7 +319,7 @@ def report(
   """
   # One forward-mode pass; the change is that of `predicted_change`.
   h, dh = jax.jvp(lambda p: read(p, probes), (params,), (update,))
-  parts = decompose(sae, h, dh, k=k)
+  parts = _decomposed(sae, h, dh, k)
   change_BF = token_mean(dh, mask) @ sae.params['W_enc']
   statistics = change_statistics(change_BF, seed=seed)
   split = shares(sae, parts, dh, mask)
@@ -328,6 +329,14 @@ def report(
     shares=split if moved.any() else None,
     descriptions=descriptions,
   )
+
+
+@functools.partial(jax.jit, static_argnames='k')
+def _decomposed(sae: SAE, h, dh, k: int | None) -> Decomposition:
+  """Probe by probe: all features at all tokens at once are gigabytes."""
+  one = lambda x: decompose(sae, x[0][None], x[1][None], k=k)
+  parts = jax.lax.map(one, (h, dh))
+  return jax.tree.map(lambda x: x[:, 0], parts)
 
 
 def _draw(report: ConceptReport, axes: Any, rows: np.ndarray) -> None:

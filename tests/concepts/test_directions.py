@@ -1,5 +1,7 @@
 """Directions in parameter space, against dense gradients and vmap(grad)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +100,19 @@ def test_by_position_they_add_up():
   assert by_position.shape == (B, T, C)
   near = dict(rtol=0, atol=100 * EPS * float(jnp.abs(by_position).max()))
   np.testing.assert_allclose(by_position.sum(1), scores, **near)
+
+
+@pytest.mark.parametrize('by_position', [False, True])
+def test_in_parts_they_are_the_same(by_position):
+  make_scores = functools.partial(
+    concepts.concept_scores, loss, make(), by_position=by_position
+  )
+  whole = jax.jit(make_scores())(PARAMS, TOKENS)
+  parts = jax.jit(make_scores(microbatch=1))(PARAMS, TOKENS)
+  near = dict(rtol=0, atol=100 * EPS * float(jnp.abs(whole).max()))
+  np.testing.assert_allclose(parts, whole, **near)
+  with pytest.raises(ValueError, match='microbatch=4 .* examples'):
+    make_scores(microbatch=4)(PARAMS, TOKENS)
 
 
 def test_masked_probes_do_not_count():

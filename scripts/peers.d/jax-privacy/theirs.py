@@ -72,7 +72,7 @@ def run(folder: pathlib.Path, name: str) -> None:
     return lambda: jax.block_until_ready(compiled(*arguments))
 
   measured = clock.measure(prepare)
-  np.save(folder / f'{name}.npy', np.asarray(prepare()().aux))
+  np.save(folder / f'{name}.npy', np.asarray(prepare()()))
   (folder / f'{name}.json').write_text(json.dumps(measured), 'utf-8')
 
 

@@ -1,16 +1,19 @@
 """Runs in Opacus' environment: its per-example gradients, then the products.
 
-  python theirs.py FOLDER
+  python theirs.py FOLDER [PROGRAM]
 
 The model is transformers' own, from the Hugging Face folder that this library
 wrote; only its projections are differentiated. `GradSampleModule` leaves the
-gradient of every example in `grad_sample`.
+gradient of every example in `grad_sample`: of the whole batch, or of one part of
+it after the other. Without PROGRAM it runs itself once for each, in a process of
+its own.
 """
 
 import importlib.metadata
 import json
 import pathlib
 import platform
+import subprocess
 import sys
 
 import clock
@@ -29,7 +32,10 @@ NAMES = {
 }
 
 
-def main(folder: pathlib.Path) -> None:
+PROGRAMS = {'whole batch': None, 'microbatches of 8': 8}
+
+
+def run(folder: pathlib.Path, name: str) -> None:
   tokens, sides = problem.load(folder)
   tokens = torch.tensor(tokens, dtype=torch.long)
   directions = {k: [torch.tensor(x) for x in v] for k, v in sides.items()}
@@ -51,7 +57,7 @@ def main(folder: pathlib.Path) -> None:
   # Not strict: rotary embeddings keep their frequencies in a buffer.
   wrapped = GradSampleModule(model, loss_reduction='sum', strict=False)
 
-  def call():
+  def scores(tokens):
     wrapped.zero_grad(set_to_none=True)
     logits = wrapped(tokens[:, :-1], use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(
@@ -67,20 +73,33 @@ def main(folder: pathlib.Path) -> None:
           'ci,co,boi->bc', a[:, layer], b[:, layer], gradient
         )
         linear.weight.grad_sample = None
-    return total
+    return total.detach()
 
+  size = PROGRAMS[name] or len(tokens)
+  call = lambda: torch.cat([scores(part) for part in tokens.split(size)])
   measured = clock.measure(lambda: call)
-  np.save(folder / 'gradients of examples.npy', call().detach().numpy())
+  np.save(folder / f'{name}.npy', call().numpy())
+  (folder / f'{name}.json').write_text(json.dumps(measured), 'utf-8')
+
+
+def main(folder: pathlib.Path) -> None:
+  for name in PROGRAMS:
+    command = [sys.executable, __file__, str(folder), name]
+    subprocess.run(command, check=True)
+  read = lambda name: json.loads((folder / f'{name}.json').read_text('utf-8'))
   record = {
     'python': platform.python_version(),
     'packages': {
       name: importlib.metadata.version(name)
       for name in ('opacus', 'torch', 'transformers', 'numpy')
     },
-    'programs': {'gradients of examples': measured},
+    'programs': {name: read(name) for name in PROGRAMS},
   }
   (folder / 'theirs.json').write_text(json.dumps(record), 'utf-8')
 
 
 if __name__ == '__main__':
-  main(pathlib.Path(sys.argv[1]))
+  if len(sys.argv) == 2:
+    main(pathlib.Path(sys.argv[1]))
+  else:
+    run(pathlib.Path(sys.argv[1]), sys.argv[2])
