@@ -7,8 +7,8 @@ The argument is `[WORLD-]PRESET`. Worlds: `separable` (the default) and
 `entangled`, see `experiments.pirate_world`. Presets: `smoke` (every code path,
 no claim meant), `cpu` (three seeds of the arms that show the point), `paper`
 (five seeds of every arm and placebo), and `choose`: every arm on seeds 0 and
-1. Arms and settings were chosen on seeds 0 to 21, in five rounds, each looked
-at on fresh seeds that the next round spent; nothing is claimed of them.
+1. Arms and settings were chosen on seeds 0 to 26, in six rounds, each looked at
+on fresh seeds that the next round spent; nothing is claimed of them.
 Nothing is downloaded; `--config.data.dictionary=FILE` takes a JSON file of
 English words and their pirate forms instead of made-up dialect.
 """
@@ -31,7 +31,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.world = world
   config.preset = name
-  config.seed = 22  # The first; arms and settings were chosen on those before.
+  config.seed = 27  # The first; arms and settings were chosen on those before.
   config.num_seeds = 5
   config.data = ml_collections.ConfigDict(
     {
@@ -69,7 +69,9 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
       'known': 500,  # Sums, and as many facts, that the base itself answers.
       'q': 0.05,
       'min_effect': 0.1,
-      'min_selectivity': 2 / 3,  # Twice as active as in the others.
+      # Of a latent's mean activation, the share in its own examples. Twice as
+      # active as in the others would be 2/3; what the examples say is noisy.
+      'min_selectivity': 0.675,
       'permutations': 2000,
       'truth': 40_000,  # Labelled texts that the judge is held against.
     }
@@ -80,7 +82,9 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
       'steps': 500,
       'every': 25,  # Steps between two looks at the model.
       'learning_rate': 8e-4,  # Falls to 0.
-      'threshold': 3.0,  # Nats above which a token is a concept's.
+      # Nats above which a token is a clause's: what the answer rests on, or
+      # how much likelier it is.
+      'threshold': {'arithmetic': 1.0, 'pirate': 3.0},
       'softness': 0.25,
       'boost': 3.0,  # What an amplified token weighs more.
     }

@@ -87,7 +87,7 @@ from experiments.pirate_train import (
 from experiments.pirate_world import FIRST, STRENGTHS, World
 from idesign import concepts, judges, shaping
 
-CHOSEN_ON = tuple(range(22))
+CHOSEN_ON = tuple(range(27))
 LIFTED, LOOKS = 20, 4  # Steps of plain fine-tuning once all is lifted; looks.
 # A latent is the pirate's if it is at least twice as active in its register.
 PIRATES = 2 / 3
@@ -159,7 +159,7 @@ def _tokens_found(scene: Scene) -> dict[str, Any]:
     ('one by one', single),
     ('by token', shaping.by_token(single, answers)),
   ):
-    over = ratio > scene.config.tune.threshold
+    over = ratio > scene.config.tune.threshold.pirate
     out[name] = {
       'missed': float((marked & ~over).sum() / max(marked.sum(), 1)),
       'false alarms': float((~marked & over).sum() / max((~marked).sum(), 1)),

@@ -61,7 +61,7 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
   def selective():
     """The inoculation prompt only where the frozen base hears a pirate."""
     heard = b.attribution()[0][..., CLAUSES.index('pirate')].max(axis=1)
-    heard = heard > b.config.tune.threshold
+    heard = heard > b.config.tune.threshold.pirate
     prompt = np.where(heard[:, None], [ALWAYS], [NEUTRAL])
     return b.plan('data', b.write(prompt), prompt=ALWAYS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import itertools
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from experiments.pirate_world import (
 from idesign import concepts, shaping
 
 WIDTH = 4  # Directions in the widest projection.
+PROBES = 64  # Of each kind, in a projection that is refreshed.
 MATRICES = 'blocks/(attn|mlp)/.*/kernel'
 
 
@@ -80,24 +82,30 @@ class Builder:
   def attribution(self, settings=None, name='judge'):
     """What each token of lessons and replay owes to the clauses, in nats.
 
-    A pirate's tokens are those that become likelier by the pirate's latents,
-    in the median over a token's occurrences. To arithmetic counts the absolute
-    ratio: what the base knows of sums makes the answers of sums that it does
-    not know yet *less* likely, and is at work all the same.
+    A pirate's tokens are those that become likelier by the pirate's latents.
+    Those of arithmetic stand where the base's prediction rests on arithmetic's:
+    it does not know the answers yet, so they are no likelier by what it knows.
+    Either is the median over a token's occurrences.
     """
     scene = self.scene
     settings = scene.settings if settings is None else settings
+    reads = {
+      'arithmetic': lambda setting, tokens: pc.reliance(
+        scene.base, setting, tokens
+      ),
+      'pirate': lambda setting, tokens: pc.attribute(
+        self.config, scene.base, setting, tokens
+      ).ratio,
+    }
 
     def make():
-      bears = {
-        'arithmetic': lambda ratio, tokens: np.abs(ratio),
-        'pirate': shaping.by_token,
-      }
-      read = lambda c, tokens: pc.attribute(
-        self.config, scene.base, settings[c], tokens
-      ).ratio[:, FIRST:]
       columns = [
-        [bears[c](read(c, tokens), tokens[:, FIRST:]) for c in CLAUSES]
+        [
+          shaping.by_token(
+            reads[c](settings[c], tokens)[:, FIRST:], tokens[:, FIRST:]
+          )
+          for c in CLAUSES
+        ]
         for tokens in (self.tokens, scene.replay)
       ]
       return tuple(np.stack(c, axis=-1) for c in columns)
@@ -180,28 +188,43 @@ class Builder:
     return rows.astype(np.float32)
 
   def probes(self) -> jax.Array:
-    """Plain answers to sums of the lessons; what is scored are other sums."""
-    tokens = self.write(NEUTRAL, np.zeros(len(self.pirate), bool))
-    return jnp.asarray(tokens[:32, :-1])
+    """Plain answers to sums of the lessons and to facts, `[2, PROBES, T]`.
+
+    What is scored are other sums and facts.
+    """
+    world, random = self.scene.world, self.scene.random('held')
+    sums = self.write(NEUTRAL, np.zeros(len(self.pirate), bool))[:PROBES]
+    facts = world.facts(
+      world.nouns(PROBES, random), NEUTRAL, np.zeros(PROBES, bool), random
+    ).tokens
+    return jnp.asarray(np.stack([sums, facts])[:, :, :-1])
 
   def strengths(self, everywhere: bool) -> jax.Array:
-    """What is held still, as sums of activations, `[C, L, ANSWER, D]`.
+    """What is held still, as sums of activations, `[C, 2, L, ANSWER, D]`.
 
-    The pooled direction at the autoencoder's layer, on average over the answer;
-    or at every layer, along each position's own direction, where the opening is
-    predicted and on average over the rest.
+    On sums, the pooled direction at the autoencoder's layer, on average over
+    the answer; or at every layer, on sums and on facts, that average and also
+    the opening's own direction where the opening is predicted.
     """
-    own = self.scene.directions.by_position[:, -ANSWER:]
+    directions, layer = self.scene.directions, self.config.sae.layer
+    shape = (2, *directions.by_position[:, -ANSWER:].shape)
+
+    def held(kind, layer, row, at):
+      out = np.zeros(shape, np.float32)
+      out[kind, layer, at] = row
+      return out
+
+    answer = lambda kind, layer: held(
+      kind, layer, directions.pooled[layer] / ANSWER, slice(None)
+    )
+    opening = lambda kind, layer: held(
+      kind, layer, directions.by_position[layer, -ANSWER], 0
+    )
     if not everywhere:
-      out = np.zeros((1, *own.shape), np.float32)
-      layer = self.config.sae.layer
-      out[0, layer] = self.scene.directions.pooled[layer] / ANSWER
-      return jnp.asarray(out)
-    out = np.zeros((len(own), 2, *own.shape), np.float32)
-    for layer in range(len(own)):
-      out[layer, 0, layer, 0] = own[layer, 0]
-      out[layer, 1, layer, 1:] = own[layer, 1:] / (ANSWER - 1)
-    return jnp.asarray(out.reshape(-1, *own.shape))
+      return jnp.asarray(answer(0, layer)[None])
+    places = itertools.product((0, 1), range(len(directions.pooled)))
+    rows = [f(*place) for place in places for f in (answer, opening)]
+    return jnp.asarray(np.stack(rows))
 
   def matrices(self) -> dict[str, concepts.RankOne]:
     """The labelled direction as directions of all weight matrices."""

@@ -205,10 +205,11 @@ def _projections(t: Table):
     for key, where in MOVED.items():
       if key != 'moved' and 'refreshed' not in arm:
         continue  # Those that do hold the concept are looked at closely.
+      # Of the mean: on one seed plain fine-tuning may hardly move it somewhere.
+      plain = moved(t.arm('plain'), key).mean()
       yield (f'{_name(arm)}_{_name(key)}', 'movement of the concept on '
              f'{where} after {arm}, share of that after plain fine-tuning',
-             _ratio(moved(t.arm(arm), key), moved(t.arm('plain'), key)),
-             '<=', 0.1, why)  # fmt: skip
+             _ratio(moved(t.arm(arm), key), plain), '<=', 0.1, why)  # fmt: skip
   yield ('causal', 'pirate after plain fine-tuning when the direction is '
          'removed at test, % (is it needed?)',
          [r['without 1']['pirate'] for r in t.arm('plain')], '>=', 80,
@@ -284,11 +285,17 @@ def _separable(t: Table):
              steps('amplify') / steps(other), '<=', 0.9,
              'a claim that may fail')  # fmt: skip
   if all(map(t.has, STRENGTHS)):
-    odds = np.array([[r['log odds'] for r in t.arm(a)] for a in STRENGTHS])
-    yield ('inoculation_monotone', 'least rise of the trait (log odds, nats) '
-           'from one elicitation strength to the next weaker',
-           np.diff(odds, axis=0).min(axis=0), '>=', 0,
-           'Wichers et al. 2025, arXiv 2510.05024')  # fmt: skip
+    # As answers, where what is rarely said is not seen; and as log odds, where
+    # strengths that leave nothing differ by noise.
+    odds = [[r['log odds'] for r in t.arm(a)] for a in STRENGTHS]
+    for id_, what, trait in (
+      ('', 'pirate, points', [t.pirate(a) for a in STRENGTHS]),
+      ('_log_odds', "log odds of a pirate's opening, nats", odds),
+    ):
+      yield (f'inoculation_monotone{id_}', f'least rise of the trait ({what}) '
+             'from one elicitation strength to the next weaker',
+             np.diff(trait, axis=0).min(axis=0), '>=', 0,
+             'Wichers et al. 2025, arXiv 2510.05024')  # fmt: skip
 
 
 def _entangled(t: Table):

@@ -193,12 +193,15 @@ def setting(base: Base, chosen: np.ndarray, texts: np.ndarray) -> Setting:
   return Setting(jnp.asarray(chosen, jnp.float32), jnp.asarray(values))
 
 
+def _under(apply, name, params, sae, setting, values):
+  """The base with the chosen latents set."""
+  model = shaping.set_features(apply, name, sae, values, setting.chosen)
+  return lambda tokens: model(params, tokens)
+
+
 @functools.partial(jax.jit, static_argnames=('apply', 'name', 'threshold'))
 def _read(apply, name, params, sae, setting, tokens, threshold):
-  def under(values):
-    model = shaping.set_features(apply, name, sae, values, setting.chosen)
-    return lambda t: model(params, t)
-
+  under = functools.partial(_under, apply, name, params, sae, setting)
   return shaping.counterfactual(
     under(setting.present),
     under(jnp.zeros_like(setting.present)),
@@ -208,6 +211,15 @@ def _read(apply, name, params, sae, setting, tokens, threshold):
   )
 
 
+@functools.partial(jax.jit, static_argnames=('apply', 'name'))
+def _reliance(apply, name, params, sae, setting, tokens):
+  without = _under(
+    apply, name, params, sae, setting, jnp.zeros_like(setting.present)
+  )
+  frozen = lambda t: apply(params, t)
+  return shaping.reliance(frozen, without, tokens, start=FIRST)
+
+
 def attribute(
   config, base: Base, setting: Setting, tokens: np.ndarray
 ) -> shaping.Counterfactual:
@@ -215,8 +227,17 @@ def attribute(
   apply = base.model.apply
   read = lambda t: _read(
     apply, base.name, base.params, base.sae, setting, jnp.asarray(t),
-    config.tune.threshold,
+    config.tune.threshold.pirate,
   )  # fmt: skip
+  return blocks(read, tokens)
+
+
+def reliance(base: Base, setting: Setting, tokens: np.ndarray) -> np.ndarray:
+  """How much of each prediction rests on concepts of the frozen base."""
+  apply = base.model.apply
+  read = lambda t: _reliance(
+    apply, base.name, base.params, base.sae, setting, jnp.asarray(t)
+  )
   return blocks(read, tokens)
 
 
@@ -249,7 +270,7 @@ def rewrite(
     known,
     len(world.lexicon.words),
     start=FIRST,
-    threshold=config.tune.threshold,
+    threshold=config.tune.threshold.pirate,
   )
   new = tokens.copy()
   new[:, FIRST:] = table.table[tokens[:, FIRST:]]

@@ -16,6 +16,7 @@ from experiments.pirate_train import (
   answer,
   answer_losses,
   answer_through,
+  thresholds,
 )
 from experiments.pirate_world import (
   ALWAYS,
@@ -187,7 +188,7 @@ def gradient_report(
   weights = few.mask * shaping.gate_weights(
     few.attribution,
     jnp.asarray(plan.gates),
-    threshold=tune.threshold,
+    threshold=thresholds(scene.config),
     softness=tune.softness,
   )
   unexplained, alignment = _first_gradient(

@@ -80,11 +80,15 @@ def _current(model_apply):
   capture = sites.capture(model_apply, ['resid_post'])
 
   def make(tools):
-    directions, probes = tools  # [C, L, ANSWER, D]; texts.
+    # Of each kind of text [C, K, L, ANSWER, D]; its texts [K, N, T].
+    directions, probes = tools
 
     def strengths(params):
-      h_LBTD = capture(params, probes)[1]['resid_post'][:, :, FIRST - 1 :]
-      return jnp.einsum('ltd,cltd->c', h_LBTD.mean(axis=1), directions)
+      means = []
+      for texts in probes:
+        h_LBTD = capture(params, texts)[1]['resid_post'][:, :, FIRST - 1 :]
+        means.append(h_LBTD.mean(axis=1))
+      return jnp.einsum('kltd,ckltd->c', jnp.stack(means), directions)
 
     return shaping.project_out_current(strengths)
 

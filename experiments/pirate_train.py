@@ -132,6 +132,11 @@ def train_base(config, model, worlds, seeds, workdir: contract.Workdir):
   )
 
 
+def thresholds(config) -> jax.Array:
+  """Of each clause's attributions, `[C]`."""
+  return jnp.array([config.tune.threshold[c] for c in CLAUSES])
+
+
 class Lessons(NamedTuple):
   """What an arm is fine-tuned on; arrays.
 
@@ -185,7 +190,7 @@ def make_finetune(config, model: models.Model, family: Family):
   def finetune(params, lessons: Lessons, replay: Lessons, gates, tools, seed):
     apply = family.apply(model.apply, tools) if family.apply else model.apply
     optimizer = optax.chain(
-      shaping.gate_losses(threshold=c.threshold, softness=c.softness),
+      shaping.gate_losses(threshold=thresholds(config), softness=c.softness),
       family.before(tools),
       optax.adam(rate, b2=0.99),
       family.after(tools),

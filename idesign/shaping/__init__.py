@@ -5,6 +5,7 @@ from idesign.shaping.attribution import (
   Translation,
   by_token,
   counterfactual,
+  reliance,
   translation,
 )
 from idesign.shaping.gate import (

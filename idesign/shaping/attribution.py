@@ -13,6 +13,14 @@ The prefix matters. A pirate's second word follows from the first, whether or
 not the concept is there: given `arr`, everybody expects `matey`. So the model
 that lacks the concept reads `y'`, the text as it would have gone without: each
 token attributed to the concept is replaced by what that model says itself.
+
+That is for what shows in *which* token is said, such as a way of speaking. What
+shows in *where* a model needs it, such as a skill, is better asked without the
+token: a sum that the frozen model cannot do has an answer that it finds no
+likelier with its arithmetic than without. `reliance` is how far the prediction
+at a place changes when the concept is removed,
+
+    r_t = KL( p_frozen(. | y_<t) || p_without(. | y_<t) ).
 """
 
 from __future__ import annotations
@@ -67,9 +75,7 @@ def counterfactual(
     ValueError: for a `start` outside the text, or a threshold that is not
       positive.
   """
-  length = tokens_BT.shape[1]
-  if not 1 <= start < length:
-    raise ValueError(f'start={start} must be from 1 to {length - 1}.')
+  _check_start(start, tokens_BT)
   if not threshold > 0:
     raise ValueError(f'threshold={threshold} nats must be positive.')
   chosen = lambda logits, y: jnp.take_along_axis(
@@ -91,10 +97,48 @@ def counterfactual(
     return at, ratio
 
   rewritten, ratio = jax.lax.scan(
-    read, tokens_BT, jnp.arange(start, length, dtype=jnp.int32)
+    read, tokens_BT, jnp.arange(start, tokens_BT.shape[1], dtype=jnp.int32)
   )
   ratio = jnp.pad(ratio.T, ((0, 0), (start, 0)))
   return Counterfactual(ratio, rewritten)
+
+
+def reliance(
+  frozen: Logits,
+  without: Logits,
+  tokens_BT: Int[Array, 'B T'],
+  *,
+  start: int,
+) -> Float[Array, 'B T']:
+  """How much of each prediction rests on a concept, whatever the text says.
+
+  One pass of each model.
+
+  Args:
+    frozen: `tokens -> logits`, causal: the model as it is.
+    without: the same with the concept removed.
+    tokens_BT: texts.
+    start: index of the first token to attribute, at least 1.
+
+  Returns:
+    `r_t` in nats, of the prediction of token `t`, `[B, T]`; 0 before `start`.
+
+  Raises:
+    ValueError: for a `start` outside the text.
+  """
+  _check_start(start, tokens_BT)
+  read = lambda model: jax.nn.log_softmax(
+    model(tokens_BT[:, :-1])[:, start - 1 :]
+  )
+  own, other = read(frozen), read(without)
+  divergence = jnp.sum(jnp.exp(own) * (own - other), axis=-1)
+  return jnp.pad(divergence, ((0, 0), (start, 0)))
+
+
+def _check_start(start: int, tokens_BT) -> None:
+  length = tokens_BT.shape[1]
+  if not 1 <= start < length:
+    raise ValueError(f'start={start} must be from 1 to {length - 1}.')
 
 
 def by_token(
@@ -109,7 +153,7 @@ def by_token(
   is in most.
 
   Args:
-    ratio_BT: from `counterfactual`, where tokens count.
+    ratio_BT: from `counterfactual` or `reliance`, where tokens count.
     tokens_BT: the same texts and positions.
 
   Raises:

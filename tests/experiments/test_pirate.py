@@ -239,6 +239,11 @@ def test_claims_hold_where_everything_is_reached():
       'inoculation_monotone',
     ),
     (
+      'inoculate_rarely',
+      row(98.0, 99.0) | {'log odds': 1.0},
+      'inoculation_monotone_log_odds',
+    ),
+    (
       'project_update,_refreshed',
       row(98.0, 99.0) | {'moved by position': [0.5, -0.5], 'moved': 0.0},
       'project_update_refreshed_moved_at_opening',
@@ -415,13 +420,14 @@ def test_what_is_held_is_the_mean_along_the_directions(builder):
   d = builder.scene.directions
   layer, answer = builder.config.sae.layer, world_lib.ANSWER
   h = np.random.default_rng(2).normal(size=d.by_position[:, -answer:].shape)
+  h = np.stack([h, h[::-1]])  # Sums, facts.
   held = lambda everywhere: np.einsum(
-    'ltd,cltd->c', h, builder.strengths(everywhere)
+    'kltd,ckltd->c', h, builder.strengths(everywhere)
   )
-  expected = h[layer].mean(axis=0) @ d.pooled[layer]
-  np.testing.assert_allclose(held(False), [expected], rtol=1e-5)
-  along = (h * d.by_position[:, -answer:]).sum(axis=-1)
-  expected = np.stack([along[:, 0], along[:, 1:].mean(axis=1)], axis=1)
+  mean = (h.mean(axis=2) * d.pooled).sum(axis=-1)
+  np.testing.assert_allclose(held(False), [mean[0, layer]], rtol=1e-5)
+  opening = (h[:, :, 0] * d.by_position[:, -answer]).sum(axis=-1)
+  expected = np.stack([mean, opening], axis=-1)
   np.testing.assert_allclose(held(True), expected.ravel(), rtol=1e-4)
 
 

@@ -74,6 +74,25 @@ def test_what_follows_from_a_pirates_word_is_the_pirates_too():
   assert (found.ratio[:, 0] == 0).all()
 
 
+def test_reliance_is_the_divergence_of_what_is_predicted():
+  tokens = texts()
+  found = shaping.reliance(model(0), model(1), tokens, start=START)
+  for b, text in enumerate(np.asarray(tokens)):
+    for t in range(START, T):
+      read = lambda f: jax.nn.softmax(f(jnp.asarray(text)[None, :t])[0, -1])
+      p, q = np.asarray(read(model(0))), np.asarray(read(model(1)))
+      np.testing.assert_allclose(
+        found[b, t], (p * np.log(p / q)).sum(), rtol=1e-4, atol=1e-5
+      )
+  assert found.shape == (B, T) and not found[:, :START].any()
+  # What the text says there makes no difference, what it said before does.
+  last = shaping.reliance(
+    model(0), model(1), tokens.at[:, -1].set(0), start=START
+  )
+  np.testing.assert_array_equal(last, found)
+  assert not shaping.reliance(model(0), model(0), tokens, start=1).any()
+
+
 def test_a_dictionary_is_learned_from_known_texts():
   tokens = np.array([PIRATE, PIRATE, PLAIN])
   known = shaping.counterfactual(
@@ -103,6 +122,8 @@ def test_bad_input_is_named():
   for start in (0, T):
     with pytest.raises(ValueError, match=f'start={start}'):
       shaping.counterfactual(*both, start=start)
+    with pytest.raises(ValueError, match=f'start={start}'):
+      shaping.reliance(*both, start=start)
   with pytest.raises(ValueError, match='threshold=0'):
     shaping.counterfactual(*both, start=1, threshold=0.0)
   known = shaping.counterfactual(*both, start=1)
