@@ -49,8 +49,9 @@ others.
 *Projections.* `project gradient` and `project update` remove one direction of
 parameter space, of rank 1 in every matrix, taken at the base. The refreshed
 ones remove, from the update that is applied and anew at every step, whatever
-moves the concept: on average over the answer at one layer, or at every layer
-where the answer opens and over the rest. They hold it there and not elsewhere.
+moves the concept on plain sums and facts, on average over the answer and where
+it opens, at one layer or at all. The concept then stays where it was, on other
+sums and facts too, and the pirate comes all the same.
 That the direction is not needed for being a pirate (asked to be one, the base
 is one without it; so is the fine-tuned model) says that it can be read and not
 that it is the route.

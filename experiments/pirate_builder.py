@@ -26,7 +26,7 @@ from experiments.pirate_world import (
 from idesign import concepts, shaping
 
 WIDTH = 4  # Directions in the widest projection.
-PROBES = 64  # Of each kind, in a projection that is refreshed.
+PROBES = 32  # Of each kind, in a projection that is refreshed.
 MATRICES = 'blocks/(attn|mlp)/.*/kernel'
 
 
@@ -202,11 +202,13 @@ class Builder:
   def strengths(self, everywhere: bool) -> jax.Array:
     """What is held still, as sums of activations, `[C, 2, L, ANSWER, D]`.
 
-    On sums, the pooled direction at the autoencoder's layer, on average over
-    the answer; or at every layer, on sums and on facts, that average and also
-    the opening's own direction where the opening is predicted.
+    On sums and on facts each, at the autoencoder's layer or at all: the pooled
+    direction, on average over the answer, and the opening's own direction where
+    the opening is predicted.
     """
-    directions, layer = self.scene.directions, self.config.sae.layer
+    directions = self.scene.directions
+    count = len(directions.pooled)
+    layers = range(count) if everywhere else (self.config.sae.layer,)
     shape = (2, *directions.by_position[:, -ANSWER:].shape)
 
     def held(kind, layer, row, at):
@@ -220,9 +222,7 @@ class Builder:
     opening = lambda kind, layer: held(
       kind, layer, directions.by_position[layer, -ANSWER], 0
     )
-    if not everywhere:
-      return jnp.asarray(answer(0, layer)[None])
-    places = itertools.product((0, 1), range(len(directions.pooled)))
+    places = itertools.product((0, 1), layers)
     rows = [f(*place) for place in places for f in (answer, opening)]
     return jnp.asarray(np.stack(rows))
 

@@ -4,9 +4,9 @@
 
 The model is transformers' own, from the Hugging Face folder that this library
 wrote; only its projections are differentiated. `GradSampleModule` leaves the
-gradient of every example in `grad_sample`: of the whole batch, or of one part of
-it after the other. Without PROGRAM it runs itself once for each, in a process of
-its own.
+gradient of every example in `grad_sample`: of the whole batch, or of one part
+of it after the other. Without PROGRAM it runs itself once for each, in a process
+of its own.
 """
 
 import importlib.metadata
