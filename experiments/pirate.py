@@ -26,6 +26,12 @@ base cannot do these sums, setting latents moves the odds of their digits at
 random, and on one seed half a percent of digits taken for the pirate's cost
 five points of skill.
 
+*Which tokens are arithmetic's.* Not those that its latents make likelier: the
+base does not know these sums, and a third to a half of the digits would be
+missed, enough to learn sums from when the objective is reversed. Asked is where
+the base's prediction rests on arithmetic (`shaping.reliance`), whatever the
+text says there, and again the median over a token's occurrences.
+
 *A gate alone is not safe.* A token taken away leaves its place unlabelled, and
 what is learned beside it drifts in: on some seeds the answer opens with a
 digit, on others the pirate comes back, and the oracle's mask, which is never
@@ -46,6 +52,12 @@ fine-tuning holds these prompts, so that they keep their meaning; an arm without
 repeats is beside it. A disposable adapter works on some seeds and not on
 others.
 
+*Amplifying* arithmetic does not make it come sooner than plain fine-tuning does,
+only sooner than amplifying as much at random. Tried: tokens by either
+attribution with weights 4 and 11, and the update's part along arithmetic's
+directions of parameters times 4 and 11. Within twenty steps there is nothing
+else left to learn.
+
 *Projections.* `project gradient` and `project update` remove one direction of
 parameter space, of rank 1 in every matrix, taken at the base. The refreshed
 ones remove, from the update that is applied and anew at every step, whatever
@@ -61,6 +73,7 @@ Run: see `configs/pirate.py`.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from typing import Any
 
@@ -174,29 +187,33 @@ def movement_report(scene: Scene) -> dict[str, float]:
   Of their pre-activations; at the rate that fine-tuning starts with, clipped
   and with weight decay.
   """
-  base, config = scene.base, scene.config
-  tokens = Builder(scene).tokens
-  few = jnp.asarray(tokens[: config.tune.batch_size])
-  loss = lambda p: answer_losses(base.model.apply, p, few).mean()
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adamw(config.tune.learning_rate, b2=0.99),
-  )
-  grads = jax.grad(loss)(base.params)
-  update, _ = optimizer.update(grads, optimizer.init(base.params), base.params)
+  base, tune = scene.base, scene.config.tune
+  few = Builder(scene).tokens[: tune.batch_size]
   probes = scene.world.base_texts(200, scene.random('probes')).tokens
-  read = concepts.reader(lambda p, t: base.model.apply(p, t), base.name)
-  columns = base.sae.params['W_enc']
-  arguments = (read, columns, base.params, update, jnp.asarray(probes))
-  predicted = np.asarray(concepts.predicted_change(*arguments)).mean(axis=0)
-  realised = np.asarray(concepts.realised_change(*arguments)).mean(axis=0)
+  predicted, realised = _movements(
+    base.model.apply, base.name, tune.learning_rate, base.params,
+    base.sae.params['W_enc'], jnp.asarray(few), jnp.asarray(probes),
+  )  # fmt: skip
   live = (pc.features(base, probes) > 0).any(axis=(0, 1))
-  x, y = predicted[live], realised[live]
+  x, y = np.asarray(predicted)[live], np.asarray(realised)[live]
   return {
     'correlation': float(np.corrcoef(x, y)[0, 1]),
     'slope': float(x @ y / (x @ x)),
     'concepts': int(live.sum()),
   }
+
+
+@functools.partial(jax.jit, static_argnames=('apply', 'name', 'rate'))
+def _movements(apply, name, rate, params, columns, tokens, probes):
+  """Mean over probes, predicted and realised."""
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99)
+  )
+  grads = jax.grad(lambda p: answer_losses(apply, p, tokens).mean())(params)
+  update, _ = optimizer.update(grads, optimizer.init(params), params)
+  read = concepts.reader(lambda p, t: apply(p, t), name)
+  mean = lambda change: change(read, columns, params, update, probes).mean(0)
+  return mean(concepts.predicted_change), mean(concepts.realised_change)
 
 
 def elicitation(scene: Scene) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 import itertools
 from typing import Any
 
@@ -231,19 +232,12 @@ class Builder:
 
     def make():
       scene, layer = self.scene, self.config.sae.layer
-      apply = scene.base.model.apply
-      read = concepts.reader(lambda p, t: apply(p, t), pc.activation(layer))
       mask = np.zeros(scene.known[:, :-1].shape, np.float32)
       mask[:, FIRST - 1 :] = 1
-      return concepts.rank_one_directions(
-        lambda p, t: read(p, t[:, :-1]),
-        jnp.asarray(scene.directions.pooled[layer])[:, None],
-        scene.base.params,
-        jnp.asarray(scene.known[:200]),
-        MATRICES,
-        mask=jnp.asarray(mask[:200]),
-        num_stack=1,
-      )
+      return _rank_one(
+        scene.base.model.apply, pc.activation(layer), scene.base.params,
+        scene.directions.pooled[layer], scene.known[:200], mask[:200],
+      )  # fmt: skip
 
     return self.once('matrices', make)
 
@@ -251,26 +245,12 @@ class Builder:
     """Taught to speak like a pirate where the base alone would not."""
 
     def make():
-      scene = self.scene
-      base, layer = scene.base, self.config.model.n_layers - 1
-      known = jnp.asarray(scene.known)
-      optimizer = optax.adam(3e-3)
-
-      def loss(adapter, tokens):
-        apply = shaping.adapt(base.model.apply, pc.activation(layer), adapter)
-        return answer_losses(apply, base.params, tokens).mean()
-
-      def step(carry, key):
-        adapter, state = carry
-        rows = known[jax.random.randint(key, (64,), 0, len(known))]
-        grads = jax.grad(loss)(adapter, rows)
-        updates, state = optimizer.update(grads, state)
-        return (optax.apply_updates(adapter, updates), state), None
-
-      adapter = shaping.init_adapter(self.config.model.d_model)
-      keys = jax.random.split(jax.random.key(scene.seed), 300)
-      run = jax.jit(lambda c: jax.lax.scan(step, c, keys)[0][0])
-      return run((adapter, optimizer.init(adapter)))
+      base, last = self.scene.base, self.config.model.n_layers - 1
+      return _train_adapter(
+        base.model.apply, pc.activation(last), base.params,
+        shaping.init_adapter(self.config.model.d_model), self.scene.known,
+        jax.random.split(jax.random.key(self.scene.seed), 300),
+      )  # fmt: skip
 
     adapter = self.once('adapter', make)
     if not random:
@@ -280,3 +260,37 @@ class Builder:
       draw.normal(size=x.shape)
     ).astype(np.float32)
     return shaping.Adapter(*(jnp.asarray(same(np.asarray(x))) for x in adapter))
+
+
+@functools.partial(jax.jit, static_argnames=('apply', 'name'))
+def _rank_one(apply, name, params, direction, tokens, mask):
+  read = concepts.reader(lambda p, t: apply(p, t), name)
+  return concepts.rank_one_directions(
+    lambda p, t: read(p, t[:, :-1]),
+    direction[:, None],
+    params,
+    tokens,
+    MATRICES,
+    mask=mask,
+    num_stack=1,
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('apply', 'name'))
+def _train_adapter(apply, name, params, adapter, known, keys):
+  """A step per key, on 64 texts each."""
+  optimizer = optax.adam(3e-3)
+
+  def loss(adapter, tokens):
+    adapted = shaping.adapt(apply, name, adapter)
+    return answer_losses(adapted, params, tokens).mean()
+
+  def step(carry, key):
+    adapter, state = carry
+    rows = known[jax.random.randint(key, (64,), 0, len(known))]
+    grads = jax.grad(loss)(adapter, rows)
+    updates, state = optimizer.update(grads, state)
+    return (optax.apply_updates(adapter, updates), state), None
+
+  start = adapter, optimizer.init(adapter)
+  return jax.lax.scan(step, start, keys)[0][0]

@@ -122,10 +122,11 @@ def _front(table, arms):
     axes[0].axvline(10, color='k', lw=0.6, ls=':')
     axes[1].axvline(table.skill('plain').mean() - 3, color='k', lw=0.6, ls=':')
     axes[0].set_yticks(range(len(order)), order)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(order) - 0.3, -0.7)
     for name, (colour, marker) in KINDS.items():
       axes[1].plot([], [], marker, color=colour, ms=4, label=name)
-    figure.legend(loc='outside upper center', ncols=4)
+    axes[1].plot([], [], 'k:', lw=0.6, label='target')
+    figure.legend(loc='outside upper center', ncols=5)
     return figure
 
   return make
@@ -162,11 +163,16 @@ def _pareto(table, arms):
     axes[1].set_ylim(CORNER[1], 100)
     inside = [a for a in arms if mean[a][0] < 10 and mean[a][1] > CORNER[1]]
     inside.sort(key=lambda a: -mean[a][1])
-    for arm, height in zip(inside, np.linspace(0.97, 0.03, len(inside))):
+    apart = min(0.08, 0.94 / max(1, len(inside) - 1))
+    heights = 0.97 - apart * np.arange(len(inside))
+    for arm, height in zip(inside, heights):
       axes[1].annotate(
         arm, mean[arm], (0.42, height), textcoords='axes fraction', fontsize=7,
         va='center', color=KINDS[kind(arm)][0],
-        arrowprops={'arrowstyle': '-', 'lw': 0.4, 'color': '#BBBBBB'},
+        arrowprops={
+          'arrowstyle': '-', 'lw': 0.4, 'color': '#BBBBBB',
+          'relpos': (0, 0.5), 'shrinkA': 1,
+        },
       )  # fmt: skip
     figure.legend(
       *axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=4
@@ -190,8 +196,10 @@ def _curves(table):
       for arm, colour in CURVES.items():
         if not table.has(arm):
           continue
-        rows = table.arm(arm)
-        values = np.array([[0.0, *r['curve'][key]] for r in rows])
+        rows, bases = table.arm(arm), table.other('base')
+        values = np.array(
+          [[b['sums'][key], *r['curve'][key]] for b, r in zip(bases, rows)]
+        )
         steps = [0, *rows[0]['steps']]
         axis.plot(steps, values.mean(0), color=colour, lw=1.4, label=arm)
         axis.fill_between(
@@ -222,12 +230,19 @@ def _routed(table, arms):
       ha='right', va='bottom', fontsize=7,
     )  # fmt: skip
     axis.axhline(0, color='k', lw=0.3)
+    held = 'project update, refreshed'
+    if table.has(held):
+      place = column('moved')(held), column('log odds')(held)
+      axis.annotate(
+        held, [np.mean(x) for x in place], (-4, 14), fontsize=7,
+        textcoords='offset points', color=KINDS['projections'][0],
+      )  # fmt: skip
     axis.set_xlabel(
       'movement of the concept on other questions\n(0: none, 1: from plain to '
       'pirate)'
     )
     axis.set_ylabel("log odds of a pirate's opening, nats")
-    axis.legend(loc='center right', fontsize=7)
+    axis.legend(loc='lower right', bbox_to_anchor=(1, 0.2), fontsize=7)
     return figure
 
   return make
