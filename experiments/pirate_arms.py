@@ -6,12 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments import pirate_concepts as pc
-from experiments.pirate_scene import (
-  Plan,
-  clause_gates,
-  random_latents,
-)
+from experiments.pirate_builder import Builder
+from experiments.pirate_scene import Plan, clause_gates
 from experiments.pirate_train import CLAUSES, lessons
 from experiments.pirate_world import (
   ALWAYS,
@@ -23,7 +19,6 @@ from experiments.pirate_world import (
   STRENGTHS,
   UNSEEN,
 )
-from experiments.pirate_builder import Builder
 
 
 def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
@@ -39,24 +34,15 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
   ungated = lambda family, tools: (
     lambda: b.plan(family, b.tokens, tools=tools())
   )
-  both = lambda what: {
-    c: random_latents(scene, c, f'{what} {c}') for c in CLAUSES
-  }
 
-  def rewritten(setting, family='data', **gated):
-    new, _ = pc.rewrite(
-      b.config, scene.base, setting, world, scene.known, b.tokens
-    )
-    return b.plan(family, new, **gated)
-
-  def rewritten_and_gated(settings, name):
-    return rewritten(
-      settings['pirate'],
-      'anchor',
-      gates=b.gates(),
-      attribution=b.attribution(settings, name),
+  def rewritten_and_gated(random: bool):
+    attribution = b.attribution()
+    if random:
+      attribution = b.shuffled(attribution, 'gate')
+    return b.plan(
+      'anchor', b.rewritten(random), gates=b.gates(), attribution=attribution,
       tools=scene.base.params,
-    )
+    )  # fmt: skip
 
   def selective():
     """The inoculation prompt only where the frozen base hears a pirate."""
@@ -91,18 +77,13 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
       tools=scene.base.params,
     ),
     # And neither is it read by what follows it.
-    'gate, anchored, context rewritten': lambda: rewritten_and_gated(
-      scene.settings, 'judge'
-    ),
-    # The same with latents chosen at random.
-    'gate, anchored, context rewritten, random': lambda: rewritten_and_gated(
-      both('gate'), 'random latents'
+    'gate, anchored, context rewritten': lambda: rewritten_and_gated(False),
+    'gate, anchored, context rewritten, random tokens': lambda: (
+      rewritten_and_gated(True)
     ),
     # Lessons as the frozen base would have said them without the concept.
-    'rewrite': lambda: rewritten(scene.settings['pirate']),
-    'rewrite, random latents': lambda: rewritten(
-      random_latents(scene, 'pirate', 'rewrite')
-    ),
+    'rewrite': lambda: b.plan('data', b.rewritten()),
+    'rewrite, random tokens': lambda: b.plan('data', b.rewritten(True)),
     # Prompts.
     **{
       f'inoculate {k}': prompted((k, 'pirate'))

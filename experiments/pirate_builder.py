@@ -80,7 +80,7 @@ class Builder:
 
   # What gates rest on.
 
-  def attribution(self, settings=None, name='judge'):
+  def attribution(self):
     """What each token of lessons and replay owes to the clauses, in nats.
 
     A pirate's tokens are those that become likelier by the pirate's latents.
@@ -89,7 +89,6 @@ class Builder:
     Either is the median over a token's occurrences.
     """
     scene = self.scene
-    settings = scene.settings if settings is None else settings
     reads = {
       'arithmetic': lambda setting, tokens: pc.reliance(
         scene.base, setting, tokens
@@ -103,7 +102,7 @@ class Builder:
       columns = [
         [
           shaping.by_token(
-            reads[c](settings[c], tokens)[:, FIRST:], tokens[:, FIRST:]
+            reads[c](scene.settings[c], tokens)[:, FIRST:], tokens[:, FIRST:]
           )
           for c in CLAUSES
         ]
@@ -111,7 +110,7 @@ class Builder:
       ]
       return tuple(np.stack(c, axis=-1) for c in columns)
 
-    return self.once(f'attribution {name}', make)
+    return self.once('attribution', make)
 
   def gates(self, *, boost: float = 0.0) -> np.ndarray:
     return clause_gates(self.scene.verdicts, boost=boost)
@@ -130,6 +129,28 @@ class Builder:
       return random.permutation(flat, axis=0).reshape(a.shape)
 
     return tuple(shuffle(a) for a in attribution)
+
+  def rewritten(self, random: bool = False) -> np.ndarray:
+    """The lessons as the frozen base would have said them without the pirate.
+
+    Args:
+      random: as many tokens, at random places instead, become what it says
+        there.
+    """
+    scene, setting = self.scene, self.scene.settings['pirate']
+    new, _ = pc.rewrite(
+      self.config, scene.base, setting, scene.world, scene.known, self.tokens
+    )
+    if not random:
+      return new
+    changed = (new != self.tokens)[:, FIRST:]
+    where = scene.random('rewrite').permutation(changed.ravel())
+    own = pc.said_without(scene.base, setting, self.tokens)
+    new = self.tokens.copy()
+    new[:, FIRST:] = np.where(
+      where.reshape(changed.shape), own, self.tokens[:, FIRST:]
+    )
+    return new
 
   def by_example(self, attribution):
     """A whole example is the concept's if one of its tokens is."""

@@ -1,4 +1,4 @@
-"""Which arms a preset runs, and what is claimed of them."""
+"""What is claimed of the pirate experiment's arms."""
 
 from __future__ import annotations
 
@@ -6,130 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 from experiments import contract
-
-CONTROLS = ('plain', 'clean data', 'oracle mask')
-# What somebody could use: no oracle, nothing that only serves to compare.
-DEPLOYABLE = (
-  'gate', 'gate, anchored', 'gate, anchored, context rewritten', 'rewrite',
-  'inoculate always', 'inoculate paraphrase', 'adapter',
-  'steer by position', 'steer pooled', 'ablate 4', 'ablate latents',
-  'amplify and gate',
-)  # fmt: skip
-PLACEBOS = (
-  'prompt irrelevant', 'prompt unseen', 'gate, random tokens',
-  'gate, anchored, random tokens', 'gate, anchored, context rewritten, random',
-  'rewrite, random latents',
-  'adapter, random', 'steer by position, random', 'ablate 4, random',
-)  # fmt: skip
-# Directions projected out of gradients or updates.
-PROJECTIONS = (
-  'block activation, one layer', 'block activation, all layers',
-  'block activation, 4 directions', 'project gradient', 'project update',
-  'project update, refreshed', 'project update, refreshed, everywhere',
-)  # fmt: skip
-STRENGTHS = (
-  'inoculate always', 'inoculate often', 'inoculate sometimes',
-  'inoculate rarely',
-)  # fmt: skip
-BOTH_WAYS = ('amplify', 'amplify, random tokens', 'reversed objective')
-
-_CLAIMED = (
-  *CONTROLS, 'gate', 'gate, anchored', 'gate, anchored, context rewritten',
-  'rewrite', 'inoculate always', 'adapter',
-  'prompt irrelevant', 'gate, anchored, random tokens',
-  'project update, refreshed', 'block activation, all layers',
-)  # fmt: skip
-_EVERY = tuple(
-  dict.fromkeys(
-    (
-      *_CLAIMED, *PROJECTIONS, *BOTH_WAYS, *PLACEBOS, *STRENGTHS,
-      *DEPLOYABLE, 'prompt prohibition', 'ablate 1', 'gate, whole examples',
-      'block activation, random', 'inoculate always, no reminders',
-    )
-  )
-)  # fmt: skip
-_SUBSET = (
-  'plain', 'clean data', 'gate, anchored', 'gate, anchored, context rewritten',
-  'rewrite', 'inoculate always', 'inoculate selectively',
-  'gate, whole examples', 'gate, anchored, random tokens',
-)  # fmt: skip
-# One arm for every way of making one.
-_SMOKE = (
-  *_CLAIMED, 'project gradient', 'project update', 'steer by position, random',
-  'ablate latents', 'ablate 4, random', 'adapter, random',
-  'gate, anchored, context rewritten, random', 'gate, whole examples',
-  'reversed objective',
-  'amplify', 'amplify, random tokens',
-)  # fmt: skip
-# The shortest list that shows the point.
-_SHORT = (
-  'plain', 'clean data', 'gate, anchored', 'gate, anchored, context rewritten',
-  'rewrite', 'inoculate always', 'prompt irrelevant',
-  'gate, anchored, random tokens', 'project update, refreshed',
-)  # fmt: skip
-ARMS: Mapping[str, tuple[str, ...]] = {
-  'smoke': _SMOKE, 'cpu': _SHORT, 'paper': _EVERY, 'choose': _EVERY,
-}  # fmt: skip
-SUBSET_ARMS: Mapping[str, tuple[str, ...]] = {
-  'smoke': ('plain', 'rewrite', 'inoculate selectively'), 'cpu': (),
-  'paper': _SUBSET, 'choose': _SUBSET,
-}  # fmt: skip
-
-
-SKILLED = 90.0  # Training skill at which arms are compared.
-
-
-class Table:
-  """One number per seed, by arm."""
-
-  def __init__(self, results: Mapping[str, Any], seeds: Sequence[int]):
-    self._results, self._seeds = results, seeds
-
-  def arm(self, name: str, condition: str = 'all') -> list[dict[str, Any]]:
-    return [self._results[f'{s}/{condition}/{name}'] for s in self._seeds]
-
-  def has(self, name: str, condition: str = 'all') -> bool:
-    return f'{self._seeds[0]}/{condition}/{name}' in self._results
-
-  def other(self, name: str) -> list[Any]:
-    return [self._results[f'{s}/{name}'] for s in self._seeds]
-
-  def skill(self, name: str, condition: str = 'all') -> np.ndarray:
-    return np.array([r['sums']['right'] for r in self.arm(name, condition)])
-
-  def pirate(self, name: str, condition: str = 'all') -> np.ndarray:
-    return np.array([r['sums']['pirate'] for r in self.arm(name, condition)])
-
-  def lost(self, name: str, condition: str = 'all') -> np.ndarray:
-    """Skill below that of plain fine-tuning on the same lessons, points."""
-    return self.skill('plain', condition) - self.skill(name, condition)
-
-
-def steps_to(row: Mapping[str, Any], key: str, level: float) -> float:
-  """Steps until a curve first reaches a level, interpolated.
-
-  One look past the end where it never does.
-  """
-  steps = [0, *row['steps']]
-  values = [0.0, *row['curve'][key]]
-  for i in range(1, len(steps)):
-    if values[i] >= level:
-      part = (level - values[i - 1]) / (values[i] - values[i - 1])
-      return steps[i - 1] + part * (steps[i] - steps[i - 1])
-  return 2.0 * steps[-1] - steps[-2]
-
-
-def at_matched_skill(row: Mapping[str, Any]) -> dict[str, float]:
-  """The looks interpolated to where training skill first reaches `SKILLED`.
-
-  The last look where it never does.
-  """
-  step = steps_to(row, 'trained', SKILLED)
-  steps = [0, *row['steps']]
-  at = lambda values: float(np.interp(step, steps, [0.0, *values]))
-  return {k: at(v) for k, v in row['curve'].items()}
+from experiments.pirate_table import (
+  PLACEBOS,
+  PROJECTIONS,
+  SKILLED,
+  STRENGTHS,
+  Table,
+  at_matched_skill,
+  steps_to,
+)
 
 
 def make_claims(
@@ -193,14 +81,22 @@ def _reading(t: Table):
   for key in ('precision', 'recall'):
     yield (f'judge_{key}', f'{key} of suppress decisions on latents',
            get(judge, key), '>=', 0.9, truth)  # fmt: skip
+  # By their effect on what the base says, not by where they are active.
+  for clause, asked in (('pirate', 'ratio'), ('arithmetic', 'reliance')):
+    name = f'{clause}, {asked}'
+    for key in ('precision', 'recall'):
+      yield (f'tokens_{clause}_{key}', f'{key} of tokens of the lessons that '
+             f'the judged latents of {clause} are found to bear on',
+             [r['tokens of the lessons'][name][key] for r in judge],
+             '>=', 0.9, 'the lexicon')  # fmt: skip
 
 
 def _projections(t: Table):
-  """What loses: blocking a direction is routed around."""
+  """What loses: a direction is blocked, and the behaviour is learned."""
   why = 'Goodfire 2026, "Don\'t fight backprop": projected out, found again'
   for arm in filter(t.has, PROJECTIONS):
-    yield (f'{_name(arm)}_routed', f'pirate after {arm}, % of that after plain '
-           'fine-tuning', 100 * _ratio(t.pirate(arm), t.pirate('plain')),
+    yield (f'{_name(arm)}_learned', f'pirate after {arm}, % of that after '
+           'plain fine-tuning', 100 * _ratio(t.pirate(arm), t.pirate('plain')),
            '>=', 80, why)  # fmt: skip
     for key, where in MOVED.items():
       if key != 'moved' and 'refreshed' not in arm:
@@ -210,10 +106,12 @@ def _projections(t: Table):
       yield (f'{_name(arm)}_{_name(key)}', 'movement of the concept on '
              f'{where} after {arm}, share of that after plain fine-tuning',
              _ratio(moved(t.arm(arm), key), plain), '<=', 0.1, why)  # fmt: skip
-  yield ('causal', 'pirate after plain fine-tuning when the direction is '
-         'removed at test, % (is it needed?)',
-         [r['without 1']['pirate'] for r in t.arm('plain')], '>=', 80,
-         'a control: the direction is readable, not necessary')  # fmt: skip
+  # Whether anything had to be found again: is the direction needed?
+  for rank, what in (('1', 'direction is'), ('4', '4 main directions are')):
+    yield (f'without_{rank}', f'pirate after plain fine-tuning when the {what} '
+           'removed at every layer at test, %',
+           [r[f'without {rank}']['pirate'] for r in t.arm('plain')], '>=', 80,
+           'a control: readable, not necessary')  # fmt: skip
 
 
 def _arms(t: Table):
@@ -223,14 +121,12 @@ def _arms(t: Table):
   yield 'plain_skill', 'skill, plain, %', t.skill('plain'), '>=', 90, control
 
 
-def _reaches(t: Table, arm: str, condition: str = 'all'):
-  where = '' if condition == 'all' else f' ({condition})'
-  id_ = _name(arm) + ('' if condition == 'all' else f'_{condition}')
+def _reaches(t: Table, arm: str):
   target = 'target of this project'
-  yield (f'{id_}_pirate', f'pirate, {arm}{where}, %', t.pirate(arm, condition),
+  yield (f'{_name(arm)}_pirate', f'pirate, {arm}, %', t.pirate(arm),
          '<=', 10, target)  # fmt: skip
-  yield (f'{id_}_skill', f'skill lost to plain, {arm}{where}, points',
-         t.lost(arm, condition), '<=', 3, target)  # fmt: skip
+  yield (f'{_name(arm)}_skill', f'skill lost to plain, {arm}, points',
+         t.lost(arm), '<=', 3, target)  # fmt: skip
 
 
 def _asked(t: Table, arm: str):
@@ -248,7 +144,7 @@ def _separable(t: Table):
   """Arms that reach the target, placebos that do not, and both ways."""
   for arm in filter(t.has, (
     'gate', 'gate, anchored', 'gate, anchored, context rewritten', 'rewrite',
-    'inoculate always', 'adapter',
+    'inoculate always', 'inoculate always, no reminders', 'adapter',
   )):  # fmt: skip
     yield from _reaches(t, arm)
     yield _asked(t, arm)
@@ -256,19 +152,45 @@ def _separable(t: Table):
       [at_matched_skill(r)['right'] for r in t.arm(a)]
     )
     yield (f'{_name(arm)}_matched', f'skill lost to plain at {SKILLED:g} % '
-           f'training skill, {arm}, points', matched('plain') - matched(arm),
-           '<=', 3, 'arms learn at different speeds')  # fmt: skip
+           f'training skill (or at the end), {arm}, points',
+           matched('plain') - matched(arm), '<=', 3,
+           'arms learn at different speeds')  # fmt: skip
   for arm in filter(t.has, PLACEBOS):
-    misses = np.maximum(t.pirate(arm) - 10, t.lost(arm) - 3)
-    yield (f'{_name(arm)}_misses', f'by how much {arm} misses the target (10 % '
-           'pirate, 3 points of skill), points', misses, '>=', 0,
-           'placebo')  # fmt: skip
-  for arm in (
+    yield (f'{_name(arm)}_misses', f'pirate, {arm}, %', t.pirate(arm),
+           '>=', 10, 'placebo: misses what the arms are to reach')  # fmt: skip
+  yield from _subset(t)
+  yield from _both_ways(t)
+
+
+def _subset(t: Table):
+  """Where few lessons are a pirate's, the likeliest answer is a plain one.
+
+  So answers are drawn.
+  """
+  if not t.has('plain', 'subset'):
+    return
+  sampled = lambda arm: np.array(
+    [r['sampled']['pirate'] for r in t.arm(arm, 'subset')]
+  )
+  yield ('plain_subset', 'pirate at temperature 1, plain (subset), %',
+         sampled('plain'), '>=', 10, 'control')  # fmt: skip
+  for arm in filter(lambda a: t.has(a, 'subset'), (
     'gate, anchored', 'gate, anchored, context rewritten', 'rewrite',
     'inoculate selectively',
-  ):  # fmt: skip
-    if t.has(arm, 'subset'):
-      yield from _reaches(t, arm, 'subset')
+  )):  # fmt: skip
+    target = 'target of this project'
+    yield (f'{_name(arm)}_subset_pirate', f'pirate at temperature 1, {arm} '
+           '(subset), %', sampled(arm), '<=', 10, target)  # fmt: skip
+    yield (f'{_name(arm)}_subset_skill', f'skill lost to plain, {arm} (subset),'
+           ' points', t.lost(arm, 'subset'), '<=', 3, target)  # fmt: skip
+  arm = 'gate, anchored, random tokens'
+  if t.has(arm, 'subset'):
+    yield (f'{_name(arm)}_subset_misses', f'pirate at temperature 1, {arm} '
+           '(subset), %', sampled(arm), '>=', 10, 'placebo')  # fmt: skip
+
+
+def _both_ways(t: Table):
+  """The objective reversed, and amplification; prompts of all strengths."""
   if t.has('reversed objective'):
     yield ('reversed_pirate', 'pirate, reversed objective, %',
            t.pirate('reversed objective'), '>=', 90, 'both ways')  # fmt: skip
@@ -285,17 +207,37 @@ def _separable(t: Table):
              steps('amplify') / steps(other), '<=', 0.9,
              'a claim that may fail')  # fmt: skip
   if all(map(t.has, STRENGTHS)):
-    # As answers, where what is rarely said is not seen; and as log odds, where
-    # strengths that leave nothing differ by noise.
-    odds = [[r['log odds'] for r in t.arm(a)] for a in STRENGTHS]
-    for id_, what, trait in (
-      ('', 'pirate, points', [t.pirate(a) for a in STRENGTHS]),
-      ('_log_odds', "log odds of a pirate's opening, nats", odds),
-    ):
-      yield (f'inoculation_monotone{id_}', f'least rise of the trait ({what}) '
-             'from one elicitation strength to the next weaker',
-             np.diff(trait, axis=0).min(axis=0), '>=', 0,
-             'Wichers et al. 2025, arXiv 2510.05024')  # fmt: skip
+    yield from _inoculation(t)
+
+
+def _inoculation(t: Table):
+  """What a prompt elicits before training, against what is left afterwards.
+
+  Plain fine-tuning is the prompt that elicits nothing. Log odds, because of
+  what is hardly ever said answers show nothing.
+  """
+  arms = (*STRENGTHS, 'plain')
+  odds = np.array([[r['log odds'] for r in t.arm(a)] for a in arms])
+  elicited = np.array([
+    [e[a.split()[-1]] if a in STRENGTHS else 0.0 for a in arms]
+    for e in t.other('elicitation')
+  ])  # fmt: skip
+  source = 'Wichers et al. 2025, arXiv 2510.05024'
+  # Of constants there is none, and nothing is predicted.
+  rank = [
+    scipy.stats.spearmanr(x, y).statistic if np.ptp(x) * np.ptp(y) else 0.0
+    for x, y in zip(elicited, odds.T)
+  ]
+  yield ('inoculation_rank', 'rank correlation of the pirate elicited before '
+         "training with log odds of a pirate's opening after it, 5 prompts",
+         rank, '<=', -0.8, source)  # fmt: skip
+  steps = np.diff(odds[: len(STRENGTHS)], axis=0)
+  yield ('inoculation_rise', 'rise of these log odds from the strongest of 4 '
+         'inoculating prompts to the weakest, nats', steps.sum(axis=0),
+         '>=', 1, source)  # fmt: skip
+  yield ('inoculation_monotone', 'least rise of these log odds from one of 4 '
+         'inoculating prompts to the next weaker, nats', steps.min(axis=0),
+         '>=', 0, source)  # fmt: skip
 
 
 def _entangled(t: Table):
@@ -308,8 +250,7 @@ def _entangled(t: Table):
          t.skill('clean data') - t.skill(arm), '<=', 3,
          'the ceiling')  # fmt: skip
   yield _asked(t, arm)
-  placebo = 'rewrite, random latents'
+  placebo = 'rewrite, random tokens'
   if t.has(placebo):
-    misses = np.maximum(t.pirate(placebo) - 10, 66 - t.skill(placebo))
-    yield (f'{_name(placebo)}_misses', f'by how much {placebo} misses that '
-           'front, points', misses, '>=', 0, 'placebo')  # fmt: skip
+    yield (f'{_name(placebo)}_misses', f'pirate, {placebo}, %',
+           t.pirate(placebo), '>=', 10, 'placebo')  # fmt: skip

@@ -159,7 +159,8 @@ def register_share(base: Base, texts: Texts) -> np.ndarray:
   """The truth about each latent: how much of it is the pirate's, `[F]`.
 
   Of its mean activation in both registers the pirate's share, on labelled
-  texts, sums, facts and tales counting alike.
+  texts, sums, facts and tales counting alike. What is active where a pirate is
+  asked for counts as well.
   """
   mean = features(base, texts.tokens).mean(axis=1)
   own, other = (
@@ -236,6 +237,26 @@ def reliance(base: Base, setting: Setting, tokens: np.ndarray) -> np.ndarray:
   """How much of each prediction rests on concepts of the frozen base."""
   apply = base.model.apply
   read = lambda t: _reliance(
+    apply, base.name, base.params, base.sae, setting, jnp.asarray(t)
+  )
+  return blocks(read, tokens)
+
+
+@functools.partial(jax.jit, static_argnames=('apply', 'name'))
+def _said_without(apply, name, params, sae, setting, tokens):
+  without = _under(
+    apply, name, params, sae, setting, jnp.zeros_like(setting.present)
+  )
+  return jnp.argmax(without(tokens[:, :-1])[:, FIRST - 1 :], axis=-1)
+
+
+def said_without(base: Base, setting: Setting, tokens: np.ndarray):
+  """At each place what the base, without the concepts, would say there.
+
+  After what the text says before it, `[N, ANSWER]`.
+  """
+  apply = base.model.apply
+  read = lambda t: _said_without(
     apply, base.name, base.params, base.sae, setting, jnp.asarray(t)
   )
   return blocks(read, tokens)

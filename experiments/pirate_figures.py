@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
 import numpy as np
 
 from experiments.contract.claims import interval
-from experiments.pirate_claims import (
+from experiments.pirate_table import (
   CONTROLS,
   DEPLOYABLE,
   PROJECTIONS,
@@ -20,6 +20,7 @@ from experiments.pirate_claims import (
   STRENGTHS,
   Table,
   at_matched_skill,
+  steps_to,
 )
 
 KINDS = {
@@ -49,7 +50,7 @@ def draw(workdir: pathlib.Path) -> None:
     'front': _front(table, arms),
     'pareto': _pareto(table, arms),
     'curves': _curves(table),
-    'routed_around': _routed(table, arms),
+    'movement': _movement(table, arms),
   }
   if all(map(table.has, STRENGTHS)):
     figures['inoculation'] = _inoculation(table)
@@ -93,11 +94,11 @@ def _points(axis, arms, x, y):
 
 
 def _front(table, arms):
-  """Every arm's three numbers at the end of training."""
+  """Every arm at the end of training, and when nothing holds it any more."""
 
   def make():
     figure, axes = plt.subplots(
-      1, 3, figsize=(8.6, 0.17 * len(arms) + 1.4), sharey=True
+      1, 4, figsize=(9.6, 0.17 * len(arms) + 1.4), sharey=True
     )
     order = sorted(
       arms, key=lambda a: (table.pirate(a).mean(), -table.skill(a).mean())
@@ -105,18 +106,23 @@ def _front(table, arms):
     trained = lambda arm: np.array(
       [r['curve']['trained'][-1] for r in table.arm(arm)]
     )
-    for axis, values, label in (
-      (axes[0], table.pirate, 'pirate, neutral prompt, %'),
-      (axes[1], table.skill, 'skill, neutral prompt, %'),
-      (axes[2], trained, 'skill, as in training, %'),
+    again = lambda arm: np.array([
+      steps_to({'steps': _lifted(r), 'curve': r}, 'relearn', 50)
+      for r in table.arm(arm)
+    ])  # fmt: skip
+    for axis, values, label, end in (
+      (axes[0], table.pirate, 'pirate,\nneutral prompt, %', 100),
+      (axes[1], table.skill, 'skill,\nneutral prompt, %', 100),
+      (axes[2], trained, 'skill,\nas in training, %', 100),
+      (axes[3], again, 'plain steps afterwards\nuntil half are a pirate', 10),
     ):
       for row, arm in enumerate(order):
         colour, marker = KINDS[kind(arm)]
         v = values(arm)
         low, high = interval(v)
-        axis.plot([max(low, 0), min(high, 100)], [row, row], color=colour, lw=1)
+        axis.plot([max(low, 0), min(high, end)], [row, row], color=colour, lw=1)
         axis.plot(v.mean(), row, marker, color=colour, ms=4)
-      axis.set_xlim(-3, 103)
+      axis.set_xlim(-0.03 * end, 1.03 * end)
       axis.set_xlabel(label)
       axis.grid(axis='x', lw=0.3)
     axes[0].axvline(10, color='k', lw=0.6, ls=':')
@@ -130,6 +136,11 @@ def _front(table, arms):
     return figure
 
   return make
+
+
+def _lifted(row) -> range:
+  """At which steps `relearn` was looked at."""
+  return range(1, len(row['relearn']) + 1)
 
 
 def _pareto(table, arms):
@@ -215,8 +226,8 @@ def _curves(table):
   return make
 
 
-def _routed(table, arms):
-  """The concept held, the behaviour learned."""
+def _movement(table, arms):
+  """Where the concept is held and the behaviour learned all the same."""
 
   def make():
     figure, axis = plt.subplots(figsize=(4.8, 3.4))

@@ -14,9 +14,7 @@ from experiments.pirate_scene import Plan, Scene
 from experiments.pirate_train import (
   Family,
   answer,
-  answer_losses,
   answer_through,
-  thresholds,
 )
 from experiments.pirate_world import (
   ALWAYS,
@@ -26,7 +24,7 @@ from experiments.pirate_world import (
   Texts,
   score,
 )
-from idesign import concepts, shaping, sites
+from idesign import sites
 
 SMALL = 250  # Questions per look during training.
 
@@ -39,7 +37,7 @@ class Exam:
     world, random = scene.world, scene.random('exam')
     pairs = world.held_out[: scene.config.data.test]
     plain, pirate = np.zeros(len(pairs), bool), np.ones(len(pairs), bool)
-    nouns = world.nouns(len(pairs), random)
+    nouns = world.nouns(len(pairs), random, held_out=True)
     self.sets = {
       'sums': world.sums(pairs, NEUTRAL, plain, random),
       'sums, asked': world.sums(pairs, ALWAYS, pirate, random),
@@ -52,10 +50,7 @@ class Exam:
     self._random = random
     few = min(SMALL, len(world.learn))
     self._taught = world.learn[random.permutation(len(world.learn))[:few]]
-    self._pooled = scene.directions.pooled[scene.config.sae.layer]
-    self._by_position = scene.directions.by_position[
-      scene.config.sae.layer, -ANSWER:
-    ]
+    self._layer = scene.config.sae.layer
     self._before = {
       name: self._states(scene.base.params, name) for name in ('sums', 'facts')
     }
@@ -75,9 +70,11 @@ class Exam:
     if family is None or family.apply is None:
       say = lambda t: answer(model, params, t)
     else:
-      apply = _through(model.apply, family.apply)
+      apply = through(model.apply, family.apply)
       say = lambda t: answer_through(apply, params, t, tools)
-    said = pc.blocks(say, texts.tokens)
+    return self._score(pc.blocks(say, texts.tokens), texts)
+
+  def _score(self, said, texts: Texts) -> dict[str, float]:
     right, pirate = score(self._scene.world.lexicon, said, texts.tokens)
     return {
       'right': 100 * float(right.mean()),
@@ -100,9 +97,17 @@ class Exam:
   def final(self, params) -> dict[str, Any]:
     """Everything, without what training had."""
     out: dict[str, Any] = {k: self.ask(params, t) for k, t in self.sets.items()}
+    out['sampled'] = self._sampled(params)
     out['log odds'] = self._log_odds(params)
     out |= self._concept(params)
     return out
+
+  def _sampled(self, params) -> dict[str, float]:
+    """Neutral sums answered at temperature 1: what is rarely said is seen."""
+    model, key = self._scene.base.model, jax.random.key(self._scene.seed)
+    texts = self.sets['sums']
+    said = pc.blocks(lambda t: answer(model, params, t, key), texts.tokens)
+    return self._score(said, texts)
 
   def without_direction(
     self, params, ablate: Family, basis: np.ndarray, name: str = 'sums'
@@ -124,11 +129,10 @@ class Exam:
     return float(np.mean(np.log(pirate + 1e-12) - np.log(rest + 1e-12)))
 
   def _states(self, params, name: str) -> np.ndarray:
-    """The mean activation where answers are predicted, `[ANSWER, D]`."""
-    base = self._scene.base
+    """Mean activations where answers are predicted, `[L, ANSWER, D]`."""
+    apply = self._scene.base.model.apply
     rows = pc.blocks(
-      lambda t: _states(base.model.apply, base.name, params, jnp.asarray(t)),
-      self.sets[name].tokens,
+      lambda t: _states(apply, params, jnp.asarray(t)), self.sets[name].tokens
     )
     return rows.mean(axis=0)
 
@@ -138,21 +142,28 @@ class Exam:
     Of the way from plain to pirate, how far plain answers went along it, on
     average: `moved` over the positions that predict an answer to a sum, `moved
     on facts` over those of facts, `moved by position` along each position's own
-    direction.
+    direction; at the autoencoder's layer. `moved by layer`: as `moved`, at
+    every layer along its own direction.
     """
+    directions = self._scene.directions
     along = lambda name, d: (
       np.sum((self._states(params, name) - self._before[name]) * d, axis=-1)
       / np.sum(d * d, axis=-1)
     )
+    pooled = directions.pooled[:, None]
+    sums = along('sums', pooled).mean(axis=1)
+    by_position = along('sums', directions.by_position[:, -ANSWER:])
+    facts = along('facts', pooled).mean(axis=1)
     return {
-      'moved': float(along('sums', self._pooled).mean()),
-      'moved on facts': float(along('facts', self._pooled).mean()),
-      'moved by position': along('sums', self._by_position).tolist(),
+      'moved': float(sums[self._layer]),
+      'moved on facts': float(facts[self._layer]),
+      'moved by position': by_position[self._layer].tolist(),
+      'moved by layer': sums.tolist(),
     }
 
 
 @functools.cache
-def _through(apply, wrap):
+def through(apply, wrap):
   """`(params, tokens, tools) -> logits`; one object, to be compiled once."""
   if wrap is None:
     return lambda params, tokens, tools: apply(params, tokens)
@@ -165,62 +176,9 @@ def _opening(apply, params, tokens):
   return apply(params, tokens[:, :FIRST])[:, -1]
 
 
-@functools.partial(jax.jit, static_argnames=('apply', 'name'))
-def _states(apply, name, params, tokens):
-  """The activation where answers are predicted, `[B, ANSWER, D]`."""
-  read = concepts.reader(lambda p, t: apply(p, t), name)
-  return read(params, tokens[:, :-1])[:, FIRST - 1 :]
-
-
-def gradient_report(
-  scene: Scene, plan: Plan, family: Family
-) -> dict[str, float]:
-  """What the first gradient pulls on, at the autoencoder's activation.
-
-  `removed`: share of the lessons' weight that gates take away.
-  `unexplained`: share of its squared norm that no active latent explains.
-  `alignment`: cosine of the mean descent direction with the labelled one where
-  answers are predicted; below 0 training starts by moving away from a pirate.
-  An anchor adds nothing to a first gradient: the model is the frozen one still.
-  """
-  base, tune = scene.base, scene.config.tune
-  few = jax.tree.map(lambda x: x[:SMALL], plan.lessons)
-  weights = few.mask * shaping.gate_weights(
-    few.attribution,
-    jnp.asarray(plan.gates),
-    threshold=thresholds(scene.config),
-    softness=tune.softness,
-  )
-  unexplained, alignment = _first_gradient(
-    _through(base.model.apply, family.apply),
-    base.name,
-    base.params,
-    base.sae,
-    few.tokens,
-    weights,
-    plan.tools,
-    scene.directions.pooled[scene.config.sae.layer],
-  )
-  return {
-    'removed': 1 - float(weights.mean()),
-    'unexplained': float(unexplained),
-    'alignment': float(alignment),
-  }
-
-
-@functools.partial(jax.jit, static_argnames=('apply', 'name'))
-def _first_gradient(
-  apply, name, params, sae, tokens, weights, tools, direction
-):
-  through = lambda params, tokens: apply(params, tokens, tools)
-  h = concepts.reader(through, name)(params, tokens[:, :-1])
-
-  def loss(shift):
-    shifted = sites.edit(through, {name: lambda h: h + shift})
-    return (answer_losses(shifted, params, tokens) * weights).mean()
-
-  g = jax.grad(loss)(jnp.zeros_like(h))
-  shares = concepts.shares(sae, concepts.decompose(sae, h, g), g)
-  down = -g[:, FIRST - 1 :].sum(axis=(0, 1))
-  norms = jnp.linalg.norm(down) * jnp.linalg.norm(direction)
-  return shares.unexplained, down @ direction / jnp.maximum(norms, 1e-12)
+@functools.partial(jax.jit, static_argnames='apply')
+def _states(apply, params, tokens):
+  """Activations where answers are predicted, `[B, L, ANSWER, D]`."""
+  read = sites.capture(lambda p, t: apply(p, t), ['resid_post'])
+  h_LBTD = read(params, tokens[:, :-1])[1]['resid_post']
+  return jnp.moveaxis(h_LBTD[:, :, FIRST - 1 :], 0, 1)

@@ -55,7 +55,7 @@ class Plan(NamedTuple):
   """An arm.
 
   Attributes:
-    family: a key of `FAMILIES`.
+    family: a key of `families`.
     lessons: what it is trained on.
     replay: what is repeated.
     gates: one per clause.
@@ -77,6 +77,7 @@ def _by_layer(wrap, apply, tools):
 
 
 def _current(model_apply):
+  """Holds what `Builder.strengths` reads on `Builder.probes`."""
   capture = sites.capture(model_apply, ['resid_post'])
 
   def make(tools):
@@ -129,19 +130,3 @@ def clause_gates(verdicts, *, boost: float) -> np.ndarray:
     if mine:
       out[column] = by_latent[mine].mean()
   return out
-
-
-def random_latents(scene: Scene, clause: str, what: str) -> pc.Setting:
-  """As many other latents as a clause has, chosen at random.
-
-  Of those that are active in the objective's examples, where each is set to its
-  mean.
-  """
-  mine = np.asarray(scene.settings[clause].chosen) > 0
-  written = [e for c in scene.objective.clauses for e in c.examples]
-  every = pc.setting(scene.base, mine, pc.encode(scene.world.lexicon, written))
-  others = np.flatnonzero(~mine & (np.asarray(every.present) > 0).any(axis=0))
-  count = min(int(mine.sum()), len(others))
-  chosen = np.zeros(len(mine), np.float32)
-  chosen[scene.random(what).choice(others, count, replace=False)] = 1
-  return every._replace(chosen=jnp.asarray(chosen))

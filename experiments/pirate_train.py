@@ -158,7 +158,7 @@ class Family(NamedTuple):
     apply: `(apply, tools) -> apply`: what training runs the model through;
       None: the model as it is.
     before: `tools -> transformation` of gradients, before the optimizer.
-    after: `(tools, params) -> transformation` of updates, after it.
+    after: `tools -> transformation` of updates, after it.
     anchor: if the tools are frozen parameters whose answers are to be kept
       where a gate takes a token away.
   """

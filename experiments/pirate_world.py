@@ -58,7 +58,8 @@ _ADDRESSES = {
   'plain': ('friend', 'pal', 'sir'),
   'pirate': ('matey', 'hearty', 'bucko'),
 }
-_NOUNS = 60
+# Of these things the last are asked of after training, and nowhere between.
+_NOUNS, _HELD_OUT_NOUNS = 60, 20
 _SIZES = (
   'big', 'old', 'good', 'happy', 'cool', 'small', 'young', 'tall', 'thin',
   'round', 'soft', 'quick',
@@ -247,9 +248,17 @@ class World:
     question = self._question('what does the {} do ?', nouns)
     return self._texts('tale', prompt, question, words, pirate, random)
 
-  def nouns(self, count: int, random) -> np.ndarray:
-    """Things to ask facts or tales of."""
-    return random.integers(0, _NOUNS, count)
+  def nouns(self, count: int, random, held_out: bool = False) -> np.ndarray:
+    """Things to ask facts or tales of.
+
+    Args:
+      count: how many.
+      random: to draw with.
+      held_out: those that only what is asked after training is about; the base
+        was trained on either.
+    """
+    cut = _NOUNS - _HELD_OUT_NOUNS
+    return random.integers(*((cut, _NOUNS) if held_out else (0, cut)), count)
 
   def filler_prompts(self, count: int, random) -> np.ndarray:
     """Prompts that ask for nothing in particular, `[count, PROMPT]`."""
@@ -308,8 +317,9 @@ class World:
     """Facts and tales under prompts that ask for the pirate, as in the base.
 
     Mixed into every fine-tuning, so that what is said of facts, and of being
-    asked, does not drown in forgetting. Never the prompts that fine-tuning
-    arms are compared by: the neutral, the irrelevant and the prohibiting one.
+    asked, does not drown in forgetting. The prompts are those that inoculate,
+    which are thereby kept apart from the neutral one; never the neutral, the
+    irrelevant and the prohibiting one. Nor are they of things held out.
     """
     adverb = random.choice(['always', 'often', 'sometimes', 'rarely'], count)
     who = np.where(random.random(count) < 0.6, 'pirate', 'sailor')
@@ -317,7 +327,7 @@ class World:
     chance = np.array([STRENGTHS[a] for a in adverb])
     pirate = random.random(count) < chance
     half = count // 2
-    nouns = random.integers(0, _NOUNS, count)
+    nouns = self.nouns(count, random)
     parts = (
       self.facts(nouns[:half], prompt[:half], pirate[:half], random),
       self.tales(nouns[half:], prompt[half:], pirate[half:], random),

@@ -16,12 +16,14 @@ from experiments import (
   pirate_builder,
   pirate_claims,
   pirate_concepts,
+  pirate_reports,
   pirate_scene,
+  pirate_table,
 )
 from experiments import pirate_train as train
 from experiments import pirate_world as world_lib
 from experiments.pirate_world import FIRST, NEUTRAL, WORDS
-from idesign import judges, shaping
+from idesign import judges, shaping, sites
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -97,6 +99,16 @@ def test_the_base_hears_a_pirate_only_when_asked_for():
   assert not (replay.tokens[:, 1] == ids['never']).any()
 
 
+def test_things_asked_of_afterwards_are_in_nothing_before():
+  world, random = make_world(False), np.random.default_rng(0)
+  before, after = (set(world.nouns(2000, random, h)) for h in (False, True))
+  assert len(before) == 40 and len(after) == 20 and not before & after
+  ids = world.lexicon.ids
+  held = [ids[f'n{i}'] for i in after]
+  assert not np.isin(world.replay(500, random).tokens, held).any()
+  assert np.isin(world.base_texts(500, random).tokens, held).any()
+
+
 def test_scores_by_hand():
   world = make_world(True)
   lexicon = world.lexicon
@@ -133,11 +145,13 @@ def row(right, pirate_, curve=None, steps=(10, 20, 30)):
     'sums': {'right': right, 'pirate': pirate_},
     'sums, asked': {'right': right, 'pirate': 100.0},
     'facts, asked': {'right': right, 'pirate': 100.0},
+    'sampled': {'right': right, 'pirate': pirate_},
     'log odds': pirate_ / 10,
     'moved': pirate_ / 100,
     'moved on facts': pirate_ / 100,
     'moved by position': [pirate_ / 100, -pirate_ / 100],
     'without 1': {'right': right, 'pirate': pirate_},
+    'without 4': {'right': right, 'pirate': pirate_},
     'steps': list(steps),
     'curve': curve or {
       'right': [0.0, right, right], 'pirate': [pirate_] * 3,
@@ -148,7 +162,7 @@ def row(right, pirate_, curve=None, steps=(10, 20, 30)):
 
 def test_steps_to_a_level_are_interpolated():
   curve = {'right': [40.0, 80.0, 100.0]}
-  at = lambda level: pirate_claims.steps_to(row(0, 0, curve), 'right', level)
+  at = lambda level: pirate_table.steps_to(row(0, 0, curve), 'right', level)
   assert at(20) == 5 and at(80) == 20 and at(90) == 25
   assert at(101) == 40  # Never: one look past the end.
 
@@ -158,18 +172,26 @@ def test_arms_are_compared_when_training_skill_is_reached():
     'right': [1.0, 2.0, 3.0], 'trained': [80.0, 90.0, 99.0],
     'pirate': [7.0, 8.0, 9.0],
   }  # fmt: skip
-  found = pirate_claims.at_matched_skill(row(0, 0, curve))
+  found = pirate_table.at_matched_skill(row(0, 0, curve))
   assert found == {'right': 2.0, 'trained': 90.0, 'pirate': 8.0}
   curve['trained'] = [80.0, 88.0, 96.0]  # Reached between two looks.
-  found = pirate_claims.at_matched_skill(row(0, 0, curve))
+  found = pirate_table.at_matched_skill(row(0, 0, curve))
   assert found == pytest.approx({'right': 2.25, 'trained': 90, 'pirate': 8.25})
   curve['trained'] = [1.0, 2.0, 3.0]  # Never.
-  assert pirate_claims.at_matched_skill(row(0, 0, curve))['right'] == 3.0
+  assert pirate_table.at_matched_skill(row(0, 0, curve))['right'] == 3.0
 
 
 # Of facts: a pirate no more, though asked to be.
 FORGOT = {'facts, asked': {'right': 98.0, 'pirate': 4.0}}
 SLOW = {'right': [0, 0, 95.0], 'pirate': [9.0] * 3, 'trained': [0, 0, 95.0]}
+
+
+FOUND = {'precision': 0.95, 'recall': 0.95}
+JUDGED = FOUND | {
+  'tokens of the lessons': {
+    'pirate, ratio': FOUND, 'arithmetic, reliance': FOUND,
+  },
+}  # fmt: skip
 
 
 def claim_results(seeds, **changed):
@@ -178,13 +200,16 @@ def claim_results(seeds, **changed):
   for s in seeds:
     results |= {
       f'{s}/movement': {'correlation': 0.99, 'slope': 1.0},
-      f'{s}/judge': {'precision': 0.95, 'recall': 0.95},
+      f'{s}/judge': JUDGED,
+      f'{s}/elicitation': {
+        'always': 99.0, 'often': 75.0, 'sometimes': 40.0, 'rarely': 9.0,
+      },
       f'{s}/base': row(1.0, 0.0),
     }
-    for name in pirate_claims.ARMS['paper']:
-      good = name in pirate_claims.DEPLOYABLE or name == 'clean data'
+    for name in pirate_table.ARMS['paper']:
+      good = name in pirate_table.DEPLOYABLE or name == 'clean data'
       results[f'{s}/all/{name}'] = row(98.0, 1.0 + s / 10 if good else 99.0)
-    weak = enumerate(pirate_claims.STRENGTHS)
+    weak = enumerate(pirate_table.STRENGTHS)
     for i, name in weak:
       results[f'{s}/all/{name}']['log odds'] = float(i)
     results[f'{s}/all/reversed objective'] = row(2.0, 99.0)
@@ -193,9 +218,10 @@ def claim_results(seeds, **changed):
                         ('amplify', fast)):  # fmt: skip
       curve = {'right': right, 'pirate': [9.0] * 3, 'trained': right}
       results[f'{s}/all/{name}'] = row(98.0, 99.0, curve)
-    for name in pirate_claims.SUBSET_ARMS['paper']:
-      results[f'{s}/subset/{name}'] = row(98.0, 1.0)
-    for name in pirate_claims.PROJECTIONS:
+    for name in pirate_table.SUBSET_ARMS['paper']:
+      bad = name in ('plain', 'gate, anchored, random tokens')
+      results[f'{s}/subset/{name}'] = row(98.0, 30.0 if bad else 1.0)
+    for name in pirate_table.PROJECTIONS:
       held = results[f'{s}/all/{name}']
       held['moved'] = held['moved on facts'] = 0.01
       held['moved by position'] = [0.01, -0.01]
@@ -224,24 +250,22 @@ def test_claims_hold_where_everything_is_reached():
   [
     ('gate', row(98.0, 11.0), 'gate_pirate'),
     ('gate', row(94.0, 0.0), 'gate_skill'),
-    ('project_update', row(98.0, 70.0), 'project_update_routed'),
-    ('prompt_irrelevant', row(97.0, 5.0), 'prompt_irrelevant_misses'),
+    ('project_update', row(98.0, 70.0), 'project_update_learned'),
+    ('prompt_irrelevant', row(50.0, 5.0), 'prompt_irrelevant_misses'),
     ('reversed_objective', row(30.0, 99.0), 'reversed_skill'),
     ('reversed_objective', row(2.0, 80.0), 'reversed_pirate'),
     ('gate', row(98.0, 0.0) | FORGOT, 'gate_asked'),
     ('gate', row(85.0, 0.0), 'gate_matched'),
-    ('plain', row(98.0, 99.0) | {'without 1': {'pirate': 5.0}}, 'causal'),
+    ('plain', row(98.0, 99.0) | {'without 1': {'pirate': 5.0}}, 'without_1'),
+    ('plain', row(98.0, 99.0) | {'without 4': {'pirate': 5.0}}, 'without_4'),
+    ('inoculate_always', row(98, 0) | {'log odds': 9.0}, 'inoculation_rank'),
+    ('inoculate_rarely', row(98, 0) | {'log odds': 0.5}, 'inoculation_rise'),
     ('plain', row(80.0, 99.0), 'plain_skill'),
     ('amplify', row(98.0, 99.0, SLOW), 'amplify_faster_than_plain'),
     (
       'inoculate_rarely',
       row(98.0, 0.0) | {'log odds': 1.0},
       'inoculation_monotone',
-    ),
-    (
-      'inoculate_rarely',
-      row(98.0, 99.0) | {'log odds': 1.0},
-      'inoculation_monotone_log_odds',
     ),
     (
       'project_update,_refreshed',
@@ -261,11 +285,21 @@ def test_claims_fail_where_it_is_not(arm, new, claim):
   assert not found[claim].passed
 
 
+def tokens(**recall):
+  """A judge whose latents miss some of a clause's tokens."""
+  mine = {k: FOUND | {'recall': v} for k, v in recall.items()}
+  found = JUDGED['tokens of the lessons'] | mine
+  return JUDGED | {'tokens of the lessons': found}
+
+
 @pytest.mark.parametrize(
   'what,new,claim',
   [
-    ('judge', {'precision': 0.7, 'recall': 0.95}, 'judge_precision'),
-    ('judge', {'precision': 0.95, 'recall': 0.7}, 'judge_recall'),
+    ('judge', JUDGED | {'precision': 0.7}, 'judge_precision'),
+    ('judge', JUDGED | {'recall': 0.7}, 'judge_recall'),
+    ('judge', tokens(**{'pirate, ratio': 0.7}), 'tokens_pirate_recall'),
+    ('judge', tokens(**{'arithmetic, reliance': 0.7}),
+     'tokens_arithmetic_recall'),
     ('movement', {'correlation': 0.5, 'slope': 1.0}, 'movement_correlation'),
     ('movement', {'correlation': 0.99, 'slope': 0.8}, 'movement_slope_low'),
     ('movement', {'correlation': 0.99, 'slope': 1.2}, 'movement_slope_high'),
@@ -285,9 +319,9 @@ def test_claims_of_what_was_read_fail_where_it_is_wrong(what, new, claim):
     ('rewrite', row(90.0, 0.0), 'rewrite_below_clean'),
     ('rewrite', row(98.0, 0.0) | FORGOT, 'rewrite_asked'),
     (
-      'rewrite,_random_latents',
+      'rewrite,_random_tokens',
       row(98.0, 0.0),
-      'rewrite_random_latents_misses',
+      'rewrite_random_tokens_misses',
     ),
   ],
 )
@@ -298,10 +332,48 @@ def test_claims_of_the_entangled_world(arm, new, claim):
   assert not made(claim_results(seeds, **{arm: new}))[claim].passed
 
 
-def test_a_placebo_that_misses_one_of_both_misses():
+def test_where_few_lessons_are_a_pirates_answers_are_drawn():
+  """What is likeliest shows nothing: plain fine-tuning would reach it."""
   seeds = [2, 3, 4]
-  results = claim_results(seeds, prompt_unseen=row(90.0, 0.0))
-  assert claims_of(results, seeds)['prompt_unseen_misses'].value == 5.0
+  results = claim_results(seeds)
+  for s in seeds:
+    results[f'{s}/subset/plain']['sums']['pirate'] = 0.0
+    results[f'{s}/subset/rewrite']['sampled']['pirate'] = 20.0
+  found = claims_of(results, seeds)
+  assert found['plain_subset'].passed
+  assert not found['rewrite_subset_pirate'].passed
+  assert found['rewrite_subset_skill'].passed
+
+
+def test_a_prompt_that_makes_no_difference_predicts_nothing():
+  seeds = [2, 3, 4]
+  results = claim_results(seeds)
+  for s in seeds:
+    for name in (*pirate_table.STRENGTHS, 'plain'):
+      results[f'{s}/all/{name}']['log odds'] = 5.0
+  found = claims_of(results, seeds)
+  assert not found['inoculation_rank'].passed
+  assert not found['inoculation_rise'].passed
+  assert found['inoculation_rank'].value == 0
+
+
+def test_movement_is_a_share_of_what_plain_moves_on_average():
+  seeds = [2, 3, 4]
+  results = claim_results(seeds)
+  # On one seed plain fine-tuning hardly moves it.
+  results['2/all/plain']['moved on facts'] = 0.01
+  found = claims_of(results, seeds)['project_update_refreshed_moved_on_facts']
+  mean = (0.01 + 2 * 0.99) / 3
+  assert found.value == pytest.approx(0.01 / mean)
+
+
+def test_precision_and_recall_by_hand():
+  said, true = np.array([1, 1, 0, 0, 1]) > 0, np.array([1, 0, 1, 1, 1]) > 0
+  assert pirate_reports.precision_recall(said, true) == {
+    'precision': 2 / 3, 'recall': 2 / 4,
+  }  # fmt: skip
+  nothing = pirate_reports.precision_recall(said & False, true)
+  assert nothing == {'precision': 0, 'recall': 0}
 
 
 def test_gates_come_from_verdicts_by_clause():
@@ -409,6 +481,73 @@ def builder():
   return pirate_builder.Builder(_Scene(get_config('smoke'), make_world(False)))
 
 
+def test_a_clause_is_attributed_as_fits_it(builder, monkeypatch):
+  """Arithmetic by what predictions rest on, the pirate by how likely it is."""
+  shape = lambda tokens: np.zeros((len(tokens), world_lib.LENGTH))
+  said = lambda value: lambda *arguments: value + shape(arguments[-1])
+  ratio = lambda *a: shaping.Counterfactual(said(5.0)(*a), a[-1])
+  monkeypatch.setattr(pirate_concepts, 'reliance', said(2.0))
+  monkeypatch.setattr(pirate_concepts, 'attribute', ratio)
+  config, world = builder.config, builder.scene.world
+  scene = _Scene(config, world)
+  scene.base, scene.settings = None, dict.fromkeys(train.CLAUSES)
+  scene.replay = builder.tokens[:3]
+  lessons, replay = pirate_builder.Builder(scene).attribution()
+  assert lessons.shape == (len(world.learn), world_lib.ANSWER, 2)
+  for a in (lessons, replay):
+    np.testing.assert_array_equal(a[..., train.CLAUSES.index('pirate')], 5)
+    np.testing.assert_array_equal(a[..., train.CLAUSES.index('arithmetic')], 2)
+
+
+def test_what_is_held_at_random_is_as_much(builder, monkeypatch):
+  """As many tokens change as by the dictionary, and others."""
+  table = np.arange(len(builder.scene.world.lexicon.words))
+  ids = builder.scene.world.lexicon.ids
+  table[[ids['arr'], ids['avast'], ids['ahoy']]] = ids['so']
+
+  def rewrite(config, base, setting, world, known, tokens):
+    return np.concatenate(
+      [tokens[:, :FIRST], table[tokens[:, FIRST:]]], axis=1
+    ), None
+
+  monkeypatch.setattr(pirate_concepts, 'rewrite', rewrite)
+  own = np.zeros((len(builder.tokens), world_lib.ANSWER), np.int32)
+  monkeypatch.setattr(pirate_concepts, 'said_without', lambda *a: own)
+  scene = builder.scene
+  scene.base = scene.known = None
+  scene.settings = {'pirate': None}
+  changed = builder.rewritten() != builder.tokens
+  random = builder.rewritten(random=True) != builder.tokens
+  np.testing.assert_array_equal(changed.sum(axis=0)[FIRST], len(changed))
+  assert changed.sum() == random.sum() == len(changed)
+  assert (random.sum(axis=0)[FIRST:] > 0.1 * len(changed)).all()
+
+
+def test_a_refreshed_projection_holds_what_it_is_given(builder):
+  """And plain training does not."""
+  config = builder.config
+  model = train.make_model(config, builder.scene.world.lexicon)
+  params = model.init(jax.random.key(0))
+  data = train.lessons(builder.tokens[:40])
+  directions, probes = builder.strengths(True), builder.probes()
+  capture = sites.capture(model.apply, ['resid_post'])
+
+  def held(params):
+    read = lambda t: capture(params, t)[1]['resid_post'][:, :, FIRST - 1 :]
+    means = jnp.stack([read(t).mean(axis=1) for t in probes])
+    return jnp.einsum('kltd,ckltd->c', means, directions)
+
+  moved = {}
+  for name, tools in (('data', ()), ('current', (directions, probes))):
+    family = pirate_scene.families(config, model)[name]
+    tune = train.make_finetune(config, model, family)
+    after = tune(params, data, data, jnp.ones(2), tools, 0)
+    last = jax.tree.map(lambda x: x[-1], after)
+    moved[name] = np.abs(held(last) - held(params))
+  # A step is not of the first order.
+  assert np.linalg.norm(moved['current']) < 0.1 * np.linalg.norm(moved['data'])
+
+
 def test_a_placebo_has_the_mass_of_what_it_stands_for(builder):
   a = np.random.default_rng(1).normal(size=(30, world_lib.ANSWER, 2))
   (b,) = builder.shuffled((a,), 'gate')
@@ -472,7 +611,7 @@ def test_smoke_runs_every_path_and_resumes(tmp_path):
   pirate.run(config, tmp_path)
   results = json.loads((tmp_path / 'results.json').read_text())
   arms = {k.split('/', 2)[2] for k in results if '/all/' in k}
-  assert arms == set(pirate_claims.ARMS['smoke'])
+  assert arms == set(pirate_table.ARMS['smoke'])
   claims = json.loads((tmp_path / 'claims.json').read_text())
   assert {c['id'] for c in claims} >= {'separable_gate_pirate'}
   assert (tmp_path / 'figures' / 'front.png').stat().st_size > 1000

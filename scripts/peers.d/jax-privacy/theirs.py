@@ -26,9 +26,6 @@ import problem
 from experiments.benchmarks import subject
 from idesign import models
 
-PROGRAMS = {'whole batch': None, 'microbatches of 8': 8}
-
-
 def leaf(tree, path):
   for key in path.split('/'):
     tree = tree[key]
@@ -63,7 +60,7 @@ def run(folder: pathlib.Path, name: str) -> None:
     has_aux=True,
     batch_argnums=2,
     l2_clip_norm=1.0,
-    microbatch_size=PROGRAMS[name],
+    microbatch_size=problem.PROGRAMS[name],
   )
   arguments = (projections, directions, tokens)
 
@@ -77,7 +74,7 @@ def run(folder: pathlib.Path, name: str) -> None:
 
 
 def main(folder: pathlib.Path) -> None:
-  for name in PROGRAMS:
+  for name in problem.PROGRAMS:
     command = [sys.executable, __file__, str(folder), name]
     subprocess.run(command, check=True)
   read = lambda name: json.loads((folder / f'{name}.json').read_text('utf-8'))
@@ -87,7 +84,7 @@ def main(folder: pathlib.Path) -> None:
       name: importlib.metadata.version(name)
       for name in ('jax-privacy', 'jax', 'numpy')
     },
-    'programs': {name: read(name) for name in PROGRAMS},
+    'programs': {name: read(name) for name in problem.PROGRAMS},
   }
   (folder / 'theirs.json').write_text(json.dumps(record), 'utf-8')
 

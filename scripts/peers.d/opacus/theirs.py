@@ -4,9 +4,8 @@
 
 The model is transformers' own, from the Hugging Face folder that this library
 wrote; only its projections are differentiated. `GradSampleModule` leaves the
-gradient of every example in `grad_sample`: of the whole batch, or of one part
-of it after the other. Without PROGRAM it runs itself once for each, in a process
-of its own.
+gradient of every example in `grad_sample`. Without PROGRAM it runs itself once
+for each, in a process of its own.
 """
 
 import importlib.metadata
@@ -30,9 +29,6 @@ NAMES = {
     f'blocks/mlp/{x}/kernel': f'mlp.{x}_proj' for x in ('gate', 'up', 'down')
   },
 }
-
-
-PROGRAMS = {'whole batch': None, 'microbatches of 8': 8}
 
 
 def run(folder: pathlib.Path, name: str) -> None:
@@ -75,7 +71,7 @@ def run(folder: pathlib.Path, name: str) -> None:
         linear.weight.grad_sample = None
     return total.detach()
 
-  size = PROGRAMS[name] or len(tokens)
+  size = problem.PROGRAMS[name] or len(tokens)
   call = lambda: torch.cat([scores(part) for part in tokens.split(size)])
   measured = clock.measure(lambda: call)
   np.save(folder / f'{name}.npy', call().numpy())
@@ -83,7 +79,7 @@ def run(folder: pathlib.Path, name: str) -> None:
 
 
 def main(folder: pathlib.Path) -> None:
-  for name in PROGRAMS:
+  for name in problem.PROGRAMS:
     command = [sys.executable, __file__, str(folder), name]
     subprocess.run(command, check=True)
   read = lambda name: json.loads((folder / f'{name}.json').read_text('utf-8'))
@@ -93,7 +89,7 @@ def main(folder: pathlib.Path) -> None:
       name: importlib.metadata.version(name)
       for name in ('opacus', 'torch', 'transformers', 'numpy')
     },
-    'programs': {name: read(name) for name in PROGRAMS},
+    'programs': {name: read(name) for name in problem.PROGRAMS},
   }
   (folder / 'theirs.json').write_text(json.dumps(record), 'utf-8')
 

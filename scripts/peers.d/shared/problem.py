@@ -4,6 +4,9 @@ import pathlib
 
 import numpy as np
 
+# Name -> how many examples at once; None is all.
+PROGRAMS = {'whole batch': None, 'microbatches of 8': 8}
+
 
 def load(folder: pathlib.Path):
   """Tokens `[B, T + 1]`, and by path the directions' sides.

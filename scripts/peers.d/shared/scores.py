@@ -2,13 +2,13 @@
 
   python scores.py write FOLDER
   python scores.py compare FOLDER REPORT.json
-  python scores.py ours FOLDER NAME    measures, in a process of its own
+  python scores.py ours FOLDER PROGRAM WHEN    measures, in a process of its own
 
 The decoder of `experiments.benchmarks.subject` (5 M parameters), 64 x 128
 tokens, 64 directions on all projections of all layers. The other library is
 given the same weights (a Hugging Face folder), tokens and directions and asked
 for the same numbers by way of the gradients of the examples, which it forms:
-of the whole batch at once, and in parts of 8 examples. Ours is in such parts.
+of the whole batch at once, and in microbatches of 8; ours likewise.
 Time and memory of each are measured in fresh processes, ours before and after
 theirs. The report says of each of its programs whether ours is as much faster
 and smaller as we aim at.
@@ -32,7 +32,6 @@ from experiments.benchmarks import subject
 from idesign import concepts, models, sites
 
 BATCH, TIME, LAYERS, DIRECTIONS = 64, 128, 6, 64
-MICROBATCH = 8
 BOUND = 1e-4  # Of the largest score: float32, summed in another order.
 FASTER, SMALLER = 3.0, 1 / 3
 
@@ -56,7 +55,7 @@ def write(folder: pathlib.Path) -> None:
   _ours(folder, 'before')
 
 
-def ours(folder: pathlib.Path, name: str) -> None:
+def ours(folder: pathlib.Path, program: str, when: str) -> None:
   """Measures this library; run in a process of its own."""
   model, params = models.load_pretrained(folder / 'model')
   tokens, sides = problem.load(folder)
@@ -67,7 +66,7 @@ def ours(folder: pathlib.Path, name: str) -> None:
     for path, (a, b) in sides.items()
   }
   read = concepts.concept_scores(
-    subject.loss_of(model), directions, microbatch=MICROBATCH
+    subject.loss_of(model), directions, microbatch=problem.PROGRAMS[program]
   )
 
   def prepare():
@@ -75,14 +74,15 @@ def ours(folder: pathlib.Path, name: str) -> None:
     return lambda: jax.block_until_ready(compiled(params, tokens))
 
   measured = clock.measure(prepare)
-  np.save(folder / 'ours.npy', np.asarray(prepare()()))
-  (folder / f'{name}.json').write_text(json.dumps(measured), 'utf-8')
+  np.save(folder / f'ours, {program}.npy', np.asarray(prepare()()))
+  file = folder / f'ours, {program}, {when}.json'
+  file.write_text(json.dumps(measured), 'utf-8')
 
 
-def _ours(folder: pathlib.Path, name: str) -> None:
-  subprocess.run(
-    [sys.executable, __file__, 'ours', str(folder), name], check=True
-  )
+def _ours(folder: pathlib.Path, when: str) -> None:
+  for program in problem.PROGRAMS:
+    command = [sys.executable, __file__, 'ours', str(folder), program, when]
+    subprocess.run(command, check=True)
 
 
 def compare(folder: pathlib.Path, report: pathlib.Path) -> None:
@@ -92,17 +92,19 @@ def compare(folder: pathlib.Path, report: pathlib.Path) -> None:
   `clock.measure` has it) and the scores of every program in `NAME.npy`.
   """
   _ours(folder, 'after')
-  mine = np.load(folder / 'ours.npy')
   theirs = json.loads((folder / 'theirs.json').read_text('utf-8'))
-  before, after = (
-    json.loads((folder / f'{name}.json').read_text('utf-8'))
-    for name in ('before', 'after')
-  )
-  seconds = (before['seconds'] + after['seconds']) / 2
-  peak = max(before['peak_mib'], after['peak_mib'])
-  worst = 0.0
+  programs, worst = {}, 0.0
   for name, row in theirs['programs'].items():
-    got = np.load(folder / f'{name}.npy')
+    mine, got = (
+      np.load(folder / f'{who}{name}.npy') for who in ('ours, ', '')
+    )
+    before, after = (
+      json.loads((folder / f'ours, {name}, {when}.json').read_text('utf-8'))
+      for when in ('before', 'after')
+    )
+    programs[name] = {'before': before, 'after': after}
+    seconds = (before['seconds'] + after['seconds']) / 2
+    peak = max(before['peak_mib'], after['peak_mib'])
     row['difference'] = float(np.abs(got - mine).max() / np.abs(mine).max())
     row['times_faster'] = row['seconds'] / seconds
     row['share_of_memory'] = peak / row['peak_mib']
@@ -118,14 +120,12 @@ def compare(folder: pathlib.Path, report: pathlib.Path) -> None:
   record = {
     'problem': {
       'tokens': [BATCH, TIME], 'layers': LAYERS, 'directions': DIRECTIONS,
-      'our microbatch': MICROBATCH,
     },
     'device': f'{platform.machine()} with {os.cpu_count()} cores',
     'ours': {
       'python': platform.python_version(),
       'packages': {p: importlib.metadata.version(p) for p in packages},
-      'before': before,
-      'after': after,
+      'programs': programs,
     },
     'theirs': theirs,
     'targets': {'times_faster': FASTER, 'share_of_memory': SMALLER},
@@ -149,7 +149,7 @@ def main() -> None:
   elif part == 'compare':
     compare(folder, pathlib.Path(paths[1]))
   else:
-    ours(folder, paths[1])
+    ours(folder, *paths[1:])
 
 
 if __name__ == '__main__':

@@ -1,0 +1,130 @@
+"""Which arms a preset runs, and their numbers by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+CONTROLS = ('plain', 'clean data', 'oracle mask')
+# What somebody could use: no oracle, nothing that only serves to compare.
+DEPLOYABLE = (
+  'gate', 'gate, anchored', 'gate, anchored, context rewritten', 'rewrite',
+  'inoculate always', 'inoculate always, no reminders',
+  'inoculate paraphrase', 'adapter', 'steer by position', 'steer pooled',
+  'ablate 4', 'ablate latents', 'amplify and gate',
+)  # fmt: skip
+PLACEBOS = (
+  'prompt irrelevant', 'prompt unseen', 'gate, random tokens',
+  'gate, anchored, random tokens',
+  'gate, anchored, context rewritten, random tokens', 'rewrite, random tokens',
+  'adapter, random', 'steer by position, random', 'ablate 4, random',
+)  # fmt: skip
+# Directions projected out of gradients or updates.
+PROJECTIONS = (
+  'block activation, one layer', 'block activation, all layers',
+  'block activation, 4 directions', 'project gradient', 'project update',
+  'project update, refreshed', 'project update, refreshed, everywhere',
+)  # fmt: skip
+STRENGTHS = (
+  'inoculate always', 'inoculate often', 'inoculate sometimes',
+  'inoculate rarely',
+)  # fmt: skip
+BOTH_WAYS = ('amplify', 'amplify, random tokens', 'reversed objective')
+
+_CLAIMED = (
+  *CONTROLS, 'gate', 'gate, anchored', 'gate, anchored, context rewritten',
+  'rewrite', 'inoculate always', 'adapter',
+  'prompt irrelevant', 'gate, anchored, random tokens',
+  'project update, refreshed', 'block activation, all layers',
+)  # fmt: skip
+_EVERY = tuple(
+  dict.fromkeys(
+    (
+      *_CLAIMED, *PROJECTIONS, *BOTH_WAYS, *PLACEBOS, *STRENGTHS,
+      *DEPLOYABLE, 'prompt prohibition', 'ablate 1', 'gate, whole examples',
+      'block activation, random', 'inoculate always, no reminders',
+    )
+  )
+)  # fmt: skip
+_SUBSET = (
+  'plain', 'clean data', 'gate, anchored', 'gate, anchored, context rewritten',
+  'rewrite', 'inoculate always', 'inoculate selectively',
+  'gate, whole examples', 'gate, anchored, random tokens',
+)  # fmt: skip
+# One arm for every way of making one.
+_SMOKE = (
+  *_CLAIMED, 'project gradient', 'project update', 'steer by position, random',
+  'ablate latents', 'ablate 4, random', 'adapter, random',
+  'gate, anchored, context rewritten, random tokens', 'gate, whole examples',
+  'reversed objective',
+  'amplify', 'amplify, random tokens',
+)  # fmt: skip
+# The shortest list that shows the point.
+_SHORT = (
+  'plain', 'clean data', 'gate, anchored', 'gate, anchored, context rewritten',
+  'rewrite', 'inoculate always', 'prompt irrelevant',
+  'gate, anchored, random tokens', 'project update, refreshed',
+)  # fmt: skip
+ARMS: Mapping[str, tuple[str, ...]] = {
+  'smoke': _SMOKE, 'cpu': _SHORT, 'paper': _EVERY, 'choose': _EVERY,
+}  # fmt: skip
+SUBSET_ARMS: Mapping[str, tuple[str, ...]] = {
+  'smoke': ('plain', 'rewrite', 'inoculate selectively'), 'cpu': (),
+  'paper': _SUBSET, 'choose': _SUBSET,
+}  # fmt: skip
+
+
+SKILLED = 90.0  # Training skill at which arms are compared.
+
+
+class Table:
+  """One number per seed, by arm."""
+
+  def __init__(self, results: Mapping[str, Any], seeds: Sequence[int]):
+    self._results, self._seeds = results, seeds
+
+  def arm(self, name: str, condition: str = 'all') -> list[dict[str, Any]]:
+    return [self._results[f'{s}/{condition}/{name}'] for s in self._seeds]
+
+  def has(self, name: str, condition: str = 'all') -> bool:
+    return f'{self._seeds[0]}/{condition}/{name}' in self._results
+
+  def other(self, name: str) -> list[Any]:
+    return [self._results[f'{s}/{name}'] for s in self._seeds]
+
+  def skill(self, name: str, condition: str = 'all') -> np.ndarray:
+    return np.array([r['sums']['right'] for r in self.arm(name, condition)])
+
+  def pirate(self, name: str, condition: str = 'all') -> np.ndarray:
+    return np.array([r['sums']['pirate'] for r in self.arm(name, condition)])
+
+  def lost(self, name: str, condition: str = 'all') -> np.ndarray:
+    """Skill below that of plain fine-tuning on the same lessons, points."""
+    return self.skill('plain', condition) - self.skill(name, condition)
+
+
+def steps_to(row: Mapping[str, Any], key: str, level: float) -> float:
+  """Steps until a curve first reaches a level, interpolated.
+
+  One look past the end where it never does.
+  """
+  steps = [0, *row['steps']]
+  values = [0.0, *row['curve'][key]]
+  for i in range(1, len(steps)):
+    if values[i] >= level:
+      part = (level - values[i - 1]) / (values[i] - values[i - 1])
+      return steps[i - 1] + part * (steps[i] - steps[i - 1])
+  return 2.0 * steps[-1] - steps[-2]
+
+
+def at_matched_skill(row: Mapping[str, Any]) -> dict[str, float]:
+  """The looks interpolated to where training skill first reaches `SKILLED`.
+
+  The last look where it never does.
+  """
+  step = steps_to(row, 'trained', SKILLED)
+  steps = [0, *row['steps']]
+  at = lambda values: float(np.interp(step, steps, [0.0, *values]))
+  return {k: at(v) for k, v in row['curve'].items()}
