@@ -200,8 +200,7 @@ def project_out(directions: Directions) -> optax.GradientTransformation:
   def update(updates, state, params=None):
     del params
     moved, gram = movement(updates, directions), _gram(directions)
-    inverse = jnp.linalg.pinv(gram, hermitian=True)
-    return _add(updates, directions, -inverse @ moved), state
+    return _add(updates, directions, -_multiplier(gram, moved)), state
 
   return optax.GradientTransformation(init, update)
 
@@ -214,6 +213,20 @@ def movement(updates: PyTree, directions: Directions) -> Float[Array, 'C']:
     part = jnp.einsum('csi,sio->cso', u, matrix)
     total = total + jnp.einsum('cso,cso->c', part, w)
   return total
+
+
+def _multiplier(
+  gram: Float[Array, 'C C'], moved: Float[Array, 'C']
+) -> Float[Array, 'C']:
+  """`(D D^T)^+ D u`.
+
+  By directions of length 1: beside one in large units the pseudo-inverse would
+  take one in small units for rounding.
+  """
+  length = jnp.sqrt(jnp.diagonal(gram))
+  scale = jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
+  unit = gram * scale[:, None] * scale[None]
+  return scale * (jnp.linalg.pinv(unit, hermitian=True) @ (scale * moved))
 
 
 def _gram(directions: Directions) -> Float[Array, 'C C']:
@@ -304,7 +317,7 @@ def project_out_current(
     )
     moved = flat(rows) @ flat(jax.tree.map(lambda u: u[None], updates))[0]
     gram = flat(rows) @ flat(rows).T
-    multiplier = jnp.linalg.pinv(gram, hermitian=True) @ moved
+    multiplier = _multiplier(gram, moved)
     remove = lambda u, d: u - jnp.tensordot(multiplier, d, 1).astype(u.dtype)
     return jax.tree.map(remove, updates, rows), state
 

@@ -175,6 +175,19 @@ def test_directions_of_the_moment_leave_no_movement():
     transform.update(update, transform.init(params))
 
 
+def test_what_is_read_in_small_units_is_held_as_well():
+  params, _, update = make()
+  scale = jnp.array([1e-3, 1e3, 0.0])  # The last one is read nowhere.
+  read = lambda p: scale * jnp.stack(
+    [jnp.sin(p['a']).sum(), (p['b'] ** 2).mean(), p['c'].sum()]
+  )
+  found, _ = shaping.project_out_current(read).update(update, (), params)
+  before = jax.jvp(read, (params,), (update,))[1]
+  after = jax.jvp(read, (params,), (found,))[1]
+  assert (jnp.abs(after[:2]) < 1e-3 * jnp.abs(before[:2])).all()
+  np.testing.assert_array_equal(found['c'], update['c'])
+
+
 def test_after_adam_the_applied_update_is_bounded():
   params, directions, _ = make()
   optimizer = optax.chain(
