@@ -53,6 +53,14 @@ def test_the_readme_shows_the_committed_costs():
     assert ('**fails**' in row) != holds
 
 
+def test_the_readme_shows_the_committed_costs_of_concepts():
+  path = ROOT / 'results' / 'benchmarks' / 'concepts.json'
+  result = json.loads(path.read_text('utf-8'))
+  assert set(concepts_benchmark.TARGETS) < set(result['programs'])
+  table = concepts_benchmark.markdown(result)
+  assert table in (ROOT / 'README.md').read_text('utf-8')
+
+
 def test_the_table_of_concepts_judges_every_target(tmp_path):
   out = tmp_path / 'out.json'
   run = subprocess.run(
