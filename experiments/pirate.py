@@ -53,16 +53,17 @@ fine-tuning holds these prompts, so that they keep their meaning; an arm without
 repeats is beside it. A disposable adapter works on some seeds and not on
 others.
 
-*Amplifying* arithmetic's tokens does not make it come sooner than plain
-fine-tuning does: within twenty steps there is nothing else left to learn.
+*Amplifying* arithmetic's tokens makes it come sooner than amplifying as many
+others, and hardly sooner than plain fine-tuning does: after the first twenty
+steps there is little else left to learn.
 
 *Projections.* `project gradient` and `project update` remove one direction of
 parameter space, of rank 1 in every matrix, taken at the base. The refreshed
 ones remove, from the update that is applied and anew at every step, whatever
 moves the concept on plain sums and facts, on average over the answer and where
-it opens, at one layer or at all. The concept then stays where it was, on other
-sums and facts too, and the pirate comes all the same.
-That the direction is not needed for being a pirate (asked to be one, the base
+it opens, at one layer or at all. Held at one layer, the concept stays where it
+was there, on other sums and on facts of other things too; the pirate comes all
+the same, and by the last layer the concept has moved as far as ever. That the direction is not needed for being a pirate (asked to be one, the base
 is one without it; so is the fine-tuned model) says that it can be read and not
 that it is the route.
 

@@ -59,7 +59,8 @@ _SMOKE = (
   'ablate latents', 'ablate 4, random', 'adapter, random',
   'gate, anchored, context rewritten, random tokens', 'gate, whole examples',
   'reversed objective',
-  'amplify', 'amplify, random tokens',
+  'amplify', 'amplify, random tokens', 'steer pooled',
+  'inoculate always, no reminders', 'block activation, one layer',
 )  # fmt: skip
 # The shortest list that shows the point.
 _SHORT = (
