@@ -15,6 +15,7 @@ from experiments.contract.claims import interval
 from experiments.pirate_table import (
   CONTROLS,
   DEPLOYABLE,
+  LIFTED,
   PROJECTIONS,
   SKILLED,
   STRENGTHS,
@@ -114,7 +115,8 @@ def _front(table, arms):
       (axes[0], table.pirate, 'pirate,\nneutral prompt, %', 100),
       (axes[1], table.skill, 'skill,\nneutral prompt, %', 100),
       (axes[2], trained, 'skill,\nas in training, %', 100),
-      (axes[3], again, 'plain steps afterwards\nuntil half are a pirate', 10),
+      (axes[3], again, 'plain steps afterwards\nuntil half are a pirate',
+       LIFTED + 1),
     ):
       for row, arm in enumerate(order):
         colour, marker = KINDS[kind(arm)]

@@ -78,6 +78,7 @@ SUBSET_ARMS: Mapping[str, tuple[str, ...]] = {
 
 
 SKILLED = 90.0  # Training skill at which arms are compared.
+LIFTED = 10  # Steps of plain fine-tuning once all is lifted; looks at each.
 
 
 class Table:

@@ -12,9 +12,8 @@ from experiments.pirate_builder import WIDTH, Builder
 from experiments.pirate_measure import SMALL, Exam
 from experiments.pirate_reports import gradient_report
 from experiments.pirate_scene import Plan, Scene, families
+from experiments.pirate_table import LIFTED
 from experiments.pirate_train import make_finetune
-
-LIFTED = 10  # Steps of plain fine-tuning once all is lifted; looks at each.
 
 
 class Tuner:
