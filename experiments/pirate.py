@@ -63,9 +63,11 @@ ones remove, from the update that is applied and anew at every step, whatever
 moves the concept on plain sums and facts, on average over the answer and where
 it opens, at one layer or at all. Held at one layer, the concept stays where it
 was there, on other sums and on facts of other things too; the pirate comes all
-the same, and by the last layer the concept has moved as far as ever. That the direction is not needed for being a pirate (asked to be one, the base
-is one without it; so is the fine-tuned model) says that it can be read and not
-that it is the route.
+the same, and by the last layer the concept has moved as far as ever. Held at
+all layers it drifts off at the later ones, since what is held to first order at
+every step is not held over many. That the direction is not needed for being a
+pirate (asked to be one, the base is one without it; so is the fine-tuned model)
+says that it can be read and not that it is the route.
 
 Run: see `configs/pirate.py`.
 """
