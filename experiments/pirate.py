@@ -23,22 +23,22 @@ What came out, and why:
 latents set and removed (`shaping.counterfactual`), token by token as the median
 over its occurrences (`shaping.by_token`). One occurrence alone misleads: the
 base cannot do these sums, setting latents moves the odds of their digits at
-random, and on one seed half a percent of digits taken for the pirate's cost
-five points of skill.
+random, and on one of those that settings were chosen on half a percent of
+digits taken for the pirate's cost five points of skill.
 
 *Which tokens are arithmetic's.* Not those that its latents make likelier: the
 base does not know these sums, and the digits so missed are enough to learn sums
 from when the objective is reversed (`tokens of the lessons` in the judge's
-report has the shares). Asked is where
-the base's prediction rests on arithmetic (`shaping.reliance`), whatever the
-text says there, and again the median over a token's occurrences.
+report has the shares). Asked is where the base's prediction rests on arithmetic
+(`shaping.reliance`), whatever the text says there, and again the median over a
+token's occurrences.
 
 *A gate alone is not safe.* A token taken away leaves its place unlabelled, and
-what is learned beside it drifts in: on some seeds the answer opens with a
-digit, on others the pirate comes back, and the oracle's mask, which is never
-wrong about a token, suffers from it too. So the weight that a gate takes away
-goes to staying as the frozen model is there: an anchor. With it the gate is
-dependable.
+what is learned beside it drifts in: on some of the seeds that settings were
+chosen on the answer opened with a digit, on others the pirate came back, and
+the oracle's mask, which is never wrong about a token, suffered from it too. So
+the weight that a gate takes away goes to staying as the frozen model is there:
+an anchor. With it none of this was seen.
 
 *A gate needs something to keep.* Where the token that carries the answer
 carries the pirate as well (the entangled world), gates take away the lesson.
@@ -63,11 +63,10 @@ ones remove, from the update that is applied and anew at every step, whatever
 moves the concept on plain sums and facts, on average over the answer and where
 it opens, at one layer or at all. Held at one layer, the concept stays where it
 was there, on other sums and on facts of other things too; the pirate comes all
-the same, and by the last layer the concept has moved as far as ever. Held at
-all layers it drifts off at the later ones, since what is held to first order at
-every step is not held over many. That the direction is not needed for being a
-pirate (asked to be one, the base is one without it; so is the fine-tuned model)
-says that it can be read and not that it is the route.
+the same, and by the last layer the concept has moved nearly as far as ever.
+Held at all layers it drifts off at the later ones. That the direction is not
+needed for being a pirate (asked to be one, the base is one without it; so is
+the fine-tuned model) says that it can be read and not that it is the route.
 
 Run: see `configs/pirate.py`.
 """
@@ -87,8 +86,8 @@ from experiments.pirate_claims import make_claims
 from experiments.pirate_measure import Exam
 from experiments.pirate_reports import REPORTS
 from experiments.pirate_scene import Scene
-from experiments.pirate_train import CLAUSES, make_model, train_base
 from experiments.pirate_table import ARMS, SUBSET_ARMS
+from experiments.pirate_train import CLAUSES, make_model, train_base
 from experiments.pirate_tuner import Tuner
 from experiments.pirate_world import World
 from idesign import judges

@@ -221,27 +221,6 @@ def _reliance(apply, name, params, sae, setting, tokens):
   return shaping.reliance(frozen, without, tokens, start=FIRST)
 
 
-def attribute(
-  config, base: Base, setting: Setting, tokens: np.ndarray
-) -> shaping.Counterfactual:
-  """What each token owes to concepts of the frozen base; NumPy arrays."""
-  apply = base.model.apply
-  read = lambda t: _read(
-    apply, base.name, base.params, base.sae, setting, jnp.asarray(t),
-    config.tune.threshold.pirate,
-  )  # fmt: skip
-  return blocks(read, tokens)
-
-
-def reliance(base: Base, setting: Setting, tokens: np.ndarray) -> np.ndarray:
-  """How much of each prediction rests on concepts of the frozen base."""
-  apply = base.model.apply
-  read = lambda t: _reliance(
-    apply, base.name, base.params, base.sae, setting, jnp.asarray(t)
-  )
-  return blocks(read, tokens)
-
-
 @functools.partial(jax.jit, static_argnames=('apply', 'name'))
 def _said_without(apply, name, params, sae, setting, tokens):
   without = _under(
@@ -250,16 +229,35 @@ def _said_without(apply, name, params, sae, setting, tokens):
   return jnp.argmax(without(tokens[:, :-1])[:, FIRST - 1 :], axis=-1)
 
 
-def said_without(base: Base, setting: Setting, tokens: np.ndarray):
+def _ask(read, base: Base, setting: Setting, tokens: np.ndarray, **static):
+  apply = base.model.apply
+  one = lambda t: read(
+    apply, base.name, base.params, base.sae, setting, jnp.asarray(t), **static
+  )
+  return blocks(one, tokens)
+
+
+def attribute(
+  config, base: Base, setting: Setting, tokens: np.ndarray
+) -> shaping.Counterfactual:
+  """What each token owes to concepts of the frozen base; NumPy arrays."""
+  threshold = config.tune.threshold.pirate
+  return _ask(_read, base, setting, tokens, threshold=threshold)
+
+
+def reliance(base: Base, setting: Setting, tokens: np.ndarray) -> np.ndarray:
+  """How much of each prediction rests on concepts of the frozen base."""
+  return _ask(_reliance, base, setting, tokens)
+
+
+def said_without(
+  base: Base, setting: Setting, tokens: np.ndarray
+) -> np.ndarray:
   """At each place what the base, without the concepts, would say there.
 
   After what the text says before it, `[N, ANSWER]`.
   """
-  apply = base.model.apply
-  read = lambda t: _said_without(
-    apply, base.name, base.params, base.sae, setting, jnp.asarray(t)
-  )
-  return blocks(read, tokens)
+  return _ask(_said_without, base, setting, tokens)
 
 
 def known_texts(config, base: Base, world: World, seed: int) -> np.ndarray:

@@ -44,7 +44,7 @@ _EVERY = tuple(
     (
       *_CLAIMED, *PROJECTIONS, *BOTH_WAYS, *PLACEBOS, *STRENGTHS,
       *DEPLOYABLE, 'prompt prohibition', 'ablate 1', 'gate, whole examples',
-      'block activation, random', 'inoculate always, no reminders',
+      'block activation, random',
     )
   )
 )  # fmt: skip

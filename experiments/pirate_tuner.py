@@ -57,6 +57,7 @@ class Tuner:
     return out
 
   def train(self, params, plan: Plan, seed: int):
+    """The parameters after every `config.tune.every` steps, stacked."""
     if plan.family not in self._programs:
       self._programs[plan.family] = make_finetune(
         self._config, self._model, self._families[plan.family]

@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from experiments.benchmarks import concepts as concepts_benchmark
 from experiments.benchmarks import sites as sites_benchmark
 
@@ -59,6 +61,21 @@ def test_the_readme_shows_the_committed_costs_of_concepts():
   assert set(concepts_benchmark.TARGETS) < set(result['programs'])
   table = concepts_benchmark.markdown(result)
   assert table in (ROOT / 'README.md').read_text('utf-8')
+
+
+@pytest.mark.parametrize('peer', ['jax-privacy', 'opacus'])
+def test_the_readme_shows_the_committed_comparisons(peer):
+  path = ROOT / 'results' / 'peers' / f'{peer}.json'
+  report = json.loads(path.read_text('utf-8'))
+  assert report['same_numbers'] and report['largest_difference'] <= 1e-4
+  readme = (ROOT / 'README.md').read_text('utf-8')
+  for name, row in report['theirs']['programs'].items():
+    assert (
+      f'| `{peer}`, {name} | {row["times_faster"]:.2f} '
+      f'| {row["share_of_memory"]:.2f} | {row["difference"]:.1e} |'
+    ) in readme
+    # The README says that both targets are missed.
+    assert not row['faster'] and not row['smaller']
 
 
 def test_the_table_of_concepts_judges_every_target(tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from experiments import (
   pirate_builder,
   pirate_claims,
   pirate_concepts,
+  pirate_measure,
   pirate_reports,
   pirate_scene,
   pirate_table,
@@ -499,7 +501,26 @@ def test_a_clause_is_attributed_as_fits_it(builder, monkeypatch):
     np.testing.assert_array_equal(a[..., train.CLAUSES.index('arithmetic')], 2)
 
 
-def test_what_is_held_at_random_is_as_much(builder, monkeypatch):
+def test_facts_are_asked_of_things_that_are_in_nothing_else(
+  builder, monkeypatch
+):
+  monkeypatch.setattr(pirate_measure.Exam, '_states', lambda *a: np.zeros(1))
+  world = builder.scene.world
+  scene = _Scene(builder.config, world)
+  scene.base = types.SimpleNamespace(params=None)
+  sets = pirate_measure.Exam(scene).sets
+  is_noun = lambda w: w[0] == 'n' and w[1:].isdigit()
+  nouns = {i for w, i in world.lexicon.ids.items() if is_noun(w)}
+  things = lambda tokens: set(np.unique(tokens).tolist()) & nouns
+  before = things(builder.probes()) | things(
+    world.replay(500, np.random.default_rng(0)).tokens
+  )
+  for name in ('facts', 'facts, asked'):
+    asked = things(sets[name].tokens)
+    assert asked and not asked & before
+
+
+def test_what_is_rewritten_at_random_is_as_much(builder, monkeypatch):
   """As many tokens change as by the dictionary, and others."""
   table = np.arange(len(builder.scene.world.lexicon.words))
   ids = builder.scene.world.lexicon.ids

@@ -8,12 +8,8 @@ gradient of every example in `grad_sample`. Without PROGRAM it runs itself once
 for each, in a process of its own.
 """
 
-import importlib.metadata
 import json
 import pathlib
-import platform
-import subprocess
-import sys
 
 import clock
 import numpy as np
@@ -78,24 +74,5 @@ def run(folder: pathlib.Path, name: str) -> None:
   (folder / f'{name}.json').write_text(json.dumps(measured), 'utf-8')
 
 
-def main(folder: pathlib.Path) -> None:
-  for name in problem.PROGRAMS:
-    command = [sys.executable, __file__, str(folder), name]
-    subprocess.run(command, check=True)
-  read = lambda name: json.loads((folder / f'{name}.json').read_text('utf-8'))
-  record = {
-    'python': platform.python_version(),
-    'packages': {
-      name: importlib.metadata.version(name)
-      for name in ('opacus', 'torch', 'transformers', 'numpy')
-    },
-    'programs': {name: read(name) for name in problem.PROGRAMS},
-  }
-  (folder / 'theirs.json').write_text(json.dumps(record), 'utf-8')
-
-
 if __name__ == '__main__':
-  if len(sys.argv) == 2:
-    main(pathlib.Path(sys.argv[1]))
-  else:
-    run(pathlib.Path(sys.argv[1]), sys.argv[2])
+  problem.answer(run, ('opacus', 'torch', 'transformers', 'numpy'))
