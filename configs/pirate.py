@@ -7,8 +7,8 @@ The argument is `[WORLD-]PRESET`. Worlds: `separable` (the default) and
 `entangled`, see `experiments.pirate_world`. Presets: `smoke` (every code path,
 no claim meant), `cpu` (three seeds of the arms that show the point), `paper`
 (five seeds of every arm and placebo), and `choose`: every arm on seeds 0 and
-1. Arms and settings were chosen on seeds 0 to 26, in six rounds, each looked at
-on fresh seeds that the next round spent; nothing is claimed of them.
+1. Arms and settings were chosen on seeds 0 to 31, in seven rounds, each looked
+at on fresh seeds that the next round spent; nothing is claimed of them.
 Nothing is downloaded; `--config.data.dictionary=FILE` takes a JSON file of
 English words and their pirate forms instead of made-up dialect.
 """
@@ -31,7 +31,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.world = world
   config.preset = name
-  config.seed = 27  # The first; arms and settings were chosen on those before.
+  config.seed = 32  # The first; arms and settings were chosen on those before.
   config.num_seeds = 5
   config.data = ml_collections.ConfigDict(
     {

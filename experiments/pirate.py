@@ -61,12 +61,12 @@ steps there is little else left to learn.
 parameter space, of rank 1 in every matrix, taken at the base. The refreshed
 ones remove, from the update that is applied and anew at every step, whatever
 moves the concept on plain sums and facts, on average over the answer and where
-it opens, at one layer or at all. Held at one layer, the concept stays where it
-was there, on other sums and on facts of other things too; the pirate comes all
-the same, and by the last layer the concept has moved nearly as far as ever.
-Held at all layers it drifts off at the later ones. That the direction is not
-needed for being a pirate (asked to be one, the base is one without it; so is
-the fine-tuned model) says that it can be read and not that it is the route.
+it opens, at one layer or at all; and what the steps before have let it drift
+is taken back (`shaping.hold_concepts`), without which it drifts off at the
+later layers. So held the concept stays where it was, on other sums and on facts
+of other things too, and the pirate comes all the same. That the direction is
+not needed for being a pirate (asked to be one, the base is one without it; so
+is the fine-tuned model) says that it can be read and not that it is the route.
 
 Run: see `configs/pirate.py`.
 """
@@ -92,7 +92,7 @@ from experiments.pirate_tuner import Tuner
 from experiments.pirate_world import World
 from idesign import judges
 
-CHOSEN_ON = tuple(range(27))
+CHOSEN_ON = tuple(range(32))
 
 
 def make_scene(config, model, params, world: World, seed: int, folder) -> Scene:

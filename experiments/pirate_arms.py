@@ -129,6 +129,9 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
     'project update, refreshed, everywhere': ungated(
       'current', lambda: (b.strengths(True), b.probes())
     ),
+    'project update, refreshed, random': ungated(
+      'current', lambda: (b.strengths(False, random=True), b.probes())
+    ),
     # Both ways.
     'amplify': lambda: b.gated(
       np.where(b.gates(boost=boost) > 1, b.gates(boost=boost), 1),

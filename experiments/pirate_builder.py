@@ -27,7 +27,7 @@ from experiments.pirate_world import (
 from idesign import concepts, shaping
 
 WIDTH = 4  # Directions in the widest projection.
-PROBES = 32  # Of each kind, in a projection that is refreshed.
+PROBES = 32  # Of each kind, on which concepts are held.
 MATRICES = 'blocks/(attn|mlp)/.*/kernel'
 
 
@@ -202,11 +202,9 @@ class Builder:
       rows[1:] -= d.by_position[:-1]
     rows[:, : FIRST - 1] = 0
     if random:
-      norms = np.linalg.norm(rows, axis=-1, keepdims=True)
-      noise = self.scene.random('vectors').normal(size=rows.shape)
-      # One direction per layer, as the pooled vector has.
-      noise = noise[:, -1:] if not by_position else noise
-      rows = norms * noise / np.linalg.norm(noise, axis=-1, keepdims=True)
+      # One direction per layer where the pooled vector has one.
+      shape = rows.shape if by_position else rows[:, -1:].shape
+      rows = _as_long(self.scene.random('vectors'), rows, shape)
     return rows.astype(np.float32)
 
   def probes(self) -> jax.Array:
@@ -221,14 +219,17 @@ class Builder:
     ).tokens
     return jnp.asarray(np.stack([sums, facts])[:, :, :-1])
 
-  def strengths(self, everywhere: bool) -> jax.Array:
+  def strengths(self, everywhere: bool, random: bool = False) -> jax.Array:
     """What is held still, as sums of activations, `[C, 2, L, ANSWER, D]`.
 
     On sums and on facts each, at the autoencoder's layer or at all: the pooled
     direction, on average over the answer, and the opening's own direction where
-    the opening is predicted.
+    the opening is predicted. At random, directions as long as these.
     """
     directions = self.scene.directions
+    if random:
+      draw = self.scene.random('strengths')
+      directions = pc.Directions(*(_as_long(draw, d) for d in directions))
     count = len(directions.pooled)
     layers = range(count) if everywhere else (self.config.sae.layer,)
     shape = (2, *directions.by_position[:, -ANSWER:].shape)
@@ -281,6 +282,13 @@ class Builder:
       draw.normal(size=x.shape)
     ).astype(np.float32)
     return shaping.Adapter(*(jnp.asarray(same(np.asarray(x))) for x in adapter))
+
+
+def _as_long(draw, rows: np.ndarray, shape=None) -> np.ndarray:
+  """Random vectors of the norms of these; of a shape that broadcasts."""
+  noise = draw.normal(size=rows.shape if shape is None else shape)
+  noise /= np.linalg.norm(noise, axis=-1, keepdims=True)
+  return noise * np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
 @functools.partial(jax.jit, static_argnames=('apply', 'name'))

@@ -10,6 +10,7 @@ import scipy.stats
 
 from experiments import contract
 from experiments.pirate_table import (
+  MATCHED,
   PLACEBOS,
   PROJECTIONS,
   SKILLED,
@@ -47,6 +48,8 @@ MOVED = {
   # What decides how an answer goes on. Along a position's own direction; at the
   # words in the middle registers may not differ, and it would be noise.
   'moved at opening': 'the opening of other sums',
+  # From which the answer is read.
+  'moved at last layer': 'other sums, at the last layer',
 }
 
 
@@ -54,6 +57,8 @@ def moved(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
   """Size of a movement, one per seed."""
   if key == 'moved at opening':
     return np.abs([r['moved by position'][0] for r in rows])
+  if key == 'moved at last layer':
+    return np.abs([r['moved by layer'][-1] for r in rows])
   return np.abs([r[key] for r in rows])
 
 
@@ -101,11 +106,19 @@ def _projections(t: Table):
     for key, where in MOVED.items():
       if key != 'moved' and 'refreshed' not in arm:
         continue  # Those that do hold the concept are looked at closely.
+      if key == 'moved at last layer' and 'everywhere' not in arm:
+        continue
       # Of the mean: on one seed plain fine-tuning may hardly move it somewhere.
       plain = moved(t.arm('plain'), key).mean()
       yield (f'{_name(arm)}_{_name(key)}', 'movement of the concept on '
              f'{where} after {arm}, share of that after plain fine-tuning',
              _ratio(moved(t.arm(arm), key), plain), '<=', 0.1, why)  # fmt: skip
+  placebo = 'project update, refreshed, random'
+  if t.has(placebo):
+    yield (f'{_name(placebo)}_moved', 'movement of the concept on other sums '
+           f'after {placebo}, share of that after plain fine-tuning',
+           _ratio(moved(t.arm(placebo), 'moved'), moved(t.arm('plain'), 'moved')
+                  .mean()), '>=', 0.5, 'placebo: does not hold it')  # fmt: skip
   # Whether anything had to be found again: is the direction needed?
   for rank, what in (('1', 'direction is'), ('4', '4 main directions are')):
     yield (f'without_{rank}', f'pirate after plain fine-tuning when the {what} '
@@ -151,8 +164,9 @@ def _separable(t: Table):
     matched = lambda a: np.array(
       [at_matched_skill(r)['right'] for r in t.arm(a)]
     )
-    yield (f'{_name(arm)}_matched', f'skill lost to plain at {SKILLED:g} % '
-           f'training skill (or at the end), {arm}, points',
+    yield (f'{_name(arm)}_matched', 'skill lost to plain at '
+           f'{MATCHED[0]:g} to {MATCHED[-1]:g} % training skill (or at the '
+           f'end), {arm}, points',
            matched('plain') - matched(arm), '<=', 3,
            'arms learn at different speeds')  # fmt: skip
   for arm in filter(t.has, PLACEBOS):

@@ -16,8 +16,8 @@ from experiments.pirate_table import (
   CONTROLS,
   DEPLOYABLE,
   LIFTED,
+  MATCHED,
   PROJECTIONS,
-  SKILLED,
   STRENGTHS,
   Table,
   at_matched_skill,
@@ -169,7 +169,8 @@ def _pareto(table, arms):
     axes[0].set_xlim(-4, 104)
     axes[0].set_ylim(-4, 104)
     axes[0].set_ylabel(
-      f'skill, neutral prompt, %, at {SKILLED:g} % training skill'
+      f'skill, neutral prompt, %,\nat {MATCHED[0]:g} to {MATCHED[-1]:g} % '
+      'training skill'
     )
     axes[1].set_title('upper left corner', fontsize=9)
     axes[1].set_xlim(-0.5, CORNER[0])

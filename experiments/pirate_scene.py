@@ -91,7 +91,7 @@ def _current(model_apply):
         means.append(h_LBTD.mean(axis=1))
       return jnp.einsum('kltd,ckltd->c', jnp.stack(means), directions)
 
-    return shaping.project_out_current(strengths)
+    return shaping.hold_concepts(strengths)
 
   return make
 

@@ -44,7 +44,7 @@ _EVERY = tuple(
     (
       *_CLAIMED, *PROJECTIONS, *BOTH_WAYS, *PLACEBOS, *STRENGTHS,
       *DEPLOYABLE, 'prompt prohibition', 'ablate 1', 'gate, whole examples',
-      'block activation, random',
+      'block activation, random', 'project update, refreshed, random',
     )
   )
 )  # fmt: skip
@@ -77,7 +77,10 @@ SUBSET_ARMS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-SKILLED = 90.0  # Training skill at which arms are compared.
+SKILLED = 90.0  # What amplification is to reach sooner.
+# Training skill at which arms are compared, each and then the mean: at one
+# alone a look or two decide, and those are noisy.
+MATCHED = (80.0, 85.0, 90.0, 95.0)
 LIFTED = 10  # Steps of plain fine-tuning once all is lifted; looks at each.
 
 
@@ -122,11 +125,11 @@ def steps_to(row: Mapping[str, Any], key: str, level: float) -> float:
 
 
 def at_matched_skill(row: Mapping[str, Any]) -> dict[str, float]:
-  """The looks interpolated to where training skill first reaches `SKILLED`.
+  """The looks interpolated to where training skill first reaches each level.
 
-  The last look where it never does.
+  The mean over the levels of `MATCHED`; the last look for those never reached.
   """
-  step = steps_to(row, 'trained', SKILLED)
+  reached = [steps_to(row, 'trained', level) for level in MATCHED]
   steps = [0, *row['steps']]
-  at = lambda values: float(np.interp(step, steps, [0.0, *values]))
+  at = lambda values: float(np.interp(reached, steps, [0.0, *values]).mean())
   return {k: at(v) for k, v in row['curve'].items()}

@@ -20,10 +20,10 @@ from idesign.shaping.projection import (
   ConfineState,
   block_activation_gradient,
   confine_movement,
+  hold_concepts,
   movement,
   orthonormal,
   project_out,
-  project_out_current,
 )
 from idesign.shaping.prompts import Elicitation, elicitation, inoculate
 from idesign.shaping.routing import (

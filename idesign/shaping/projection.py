@@ -292,14 +292,29 @@ def _concepts(directions: Directions) -> int:
   return counts.pop()
 
 
-def project_out_current(
+class HoldState(NamedTuple):
+  """Where concepts are held.
+
+  Attributes:
+    start: what each read when the transformation was initialised.
+  """
+
+  start: Float[Array, 'C']
+
+
+def hold_concepts(
   concepts: Callable[[PyTree], Float[Array, 'C']],
 ) -> optax.GradientTransformation:
-  """Removes from updates what moves concepts, by their gradients of the moment.
+  r"""Keeps concepts where they were, whatever the optimizer wants.
 
-  Like `project_out`, with directions that are taken anew at every step and are
-  not cut down to rank 1: `D_c = grad concepts(params)[c]`. Costs a backward
-  pass per concept.
+  The nearest update that to first order takes them back to what they read at
+  `init`,
+
+    v = u - D^+ (D u + c(params) - c(params at init)),   D = dc / dparams
+
+  with directions taken anew at every step and not cut down to rank 1, unlike
+  `project_out`. The drift in it is what steps before have left over, being of
+  finite length. Costs a backward pass per concept. Goes last in a chain.
 
   Args:
     concepts: parameters -> what each concept reads on some probes.
@@ -308,17 +323,21 @@ def project_out_current(
     ValueError: if `update` is not given the parameters.
   """
 
+  def init(params):
+    return HoldState(concepts(params))
+
   def update(updates, state, params=None):
     if params is None:
-      raise ValueError('project_out_current needs update(..., params).')
-    rows = jax.jacrev(concepts)(params)
+      raise ValueError('hold_concepts needs update(..., params).')
+    values, pull = jax.vjp(concepts, params)
+    (rows,) = jax.vmap(pull)(jnp.eye(len(values), dtype=values.dtype))
     flat = lambda tree: jnp.concatenate(
       [x.reshape(len(x), -1) for x in jax.tree.leaves(tree)], axis=1
     )
     moved = flat(rows) @ flat(jax.tree.map(lambda u: u[None], updates))[0]
     gram = flat(rows) @ flat(rows).T
-    multiplier = _multiplier(gram, moved)
+    multiplier = _multiplier(gram, moved + values - state.start)
     remove = lambda u, d: u - jnp.tensordot(multiplier, d, 1).astype(u.dtype)
     return jax.tree.map(remove, updates, rows), state
 
-  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+  return optax.GradientTransformation(init, update)

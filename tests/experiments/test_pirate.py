@@ -152,6 +152,7 @@ def row(right, pirate_, curve=None, steps=(10, 20, 30)):
     'moved': pirate_ / 100,
     'moved on facts': pirate_ / 100,
     'moved by position': [pirate_ / 100, -pirate_ / 100],
+    'moved by layer': [0.0, -pirate_ / 100],
     'without 1': {'right': right, 'pirate': pirate_},
     'without 4': {'right': right, 'pirate': pirate_},
     'steps': list(steps),
@@ -171,14 +172,19 @@ def test_steps_to_a_level_are_interpolated():
 
 def test_arms_are_compared_when_training_skill_is_reached():
   curve = {
-    'right': [1.0, 2.0, 3.0], 'trained': [80.0, 90.0, 99.0],
+    'right': [1.0, 2.0, 3.0], 'trained': [80.0, 90.0, 100.0],
     'pirate': [7.0, 8.0, 9.0],
   }  # fmt: skip
+  # At looks and halfway between them: 1, 1.5, 2 and 2.5.
   found = pirate_table.at_matched_skill(row(0, 0, curve))
-  assert found == {'right': 2.0, 'trained': 90.0, 'pirate': 8.0}
-  curve['trained'] = [80.0, 88.0, 96.0]  # Reached between two looks.
-  found = pirate_table.at_matched_skill(row(0, 0, curve))
-  assert found == pytest.approx({'right': 2.25, 'trained': 90, 'pirate': 8.25})
+  assert found == pytest.approx(
+    {'right': 1.75, 'trained': 87.5, 'pirate': 7.75}
+  )
+  # An arm twice as slow that has learned the same by then is its equal.
+  slow = {k: [0.0, *v[:1], sum(v[:2]) / 2, v[1], sum(v[1:]) / 2, v[2]]
+          for k, v in curve.items()}  # fmt: skip
+  late = row(0, 0, slow, steps=range(10, 70, 10))
+  assert pirate_table.at_matched_skill(late) == pytest.approx(found)
   curve['trained'] = [1.0, 2.0, 3.0]  # Never.
   assert pirate_table.at_matched_skill(row(0, 0, curve))['right'] == 3.0
 
@@ -226,7 +232,7 @@ def claim_results(seeds, **changed):
     for name in pirate_table.PROJECTIONS:
       held = results[f'{s}/all/{name}']
       held['moved'] = held['moved on facts'] = 0.01
-      held['moved by position'] = [0.01, -0.01]
+      held['moved by position'] = held['moved by layer'] = [0.01, -0.01]
     for name, value in changed.items():
       results[f'{s}/all/{name.replace("_", " ")}'] = value
   return results
@@ -278,6 +284,16 @@ def test_claims_hold_where_everything_is_reached():
       'project_update,_refreshed',
       row(98.0, 99.0) | {'moved on facts': 0.5},
       'project_update_refreshed_moved_on_facts',
+    ),
+    (
+      'project_update,_refreshed,_everywhere',
+      row(98.0, 99.0) | {'moved': 0.0, 'moved by layer': [0.0, -0.5]},
+      'project_update_refreshed_everywhere_moved_at_last_layer',
+    ),
+    (
+      'project_update,_refreshed,_random',
+      row(98.0, 99.0) | {'moved': 0.1},
+      'project_update_refreshed_random_moved',
     ),
   ],
 )

@@ -158,11 +158,11 @@ def test_the_residual_is_of_what_was_applied():
   assert state.ignored == 0
 
 
-def test_directions_of_the_moment_leave_no_movement():
+def test_concepts_that_are_held_do_not_move():
   """To first order, at parameters where the concepts' gradients differ."""
   params, _, update = make()
   read = lambda p: jnp.stack([jnp.sin(p['a']).sum(), (p['b'] ** 2).mean()])
-  transform = shaping.project_out_current(read)
+  transform = shaping.hold_concepts(read)
   for shift in (0.0, 0.7):
     at = jax.tree.map(lambda x: x + shift, params)
     found, _ = jax.jit(transform.update)(update, transform.init(at), at)
@@ -175,13 +175,41 @@ def test_directions_of_the_moment_leave_no_movement():
     transform.update(update, transform.init(params))
 
 
+def test_what_steps_of_finite_length_leave_over_is_taken_back():
+  """After many of them held concepts are where they were, not drifted off."""
+  params, _, update = make()
+  read = lambda p: jnp.stack([jnp.sin(p['a']).sum(), (p['b'] ** 2).mean()])
+  transform = shaping.hold_concepts(read)
+  state, at, free = transform.init(params), params, params
+
+  @jax.jit
+  def step(at, wanted):
+    return optax.apply_updates(at, transform.update(wanted, state, at)[0])
+
+  drift = []
+  for i in range(30):
+    wanted = jax.tree.map(lambda x: 0.1 * jnp.roll(x, i), update)  # noqa: B023
+    at, free = step(at, wanted), optax.apply_updates(free, wanted)
+    drift.append(float(jnp.abs(read(at) - read(params)).max()))
+  assert jnp.abs(read(free) - read(params)).max() > 0.5
+  assert jnp.abs(at['a'] - params['a']).max() > 0.1  # Others go on.
+  # Bounded by what a single step leaves over, however many there are.
+  assert max(drift) < 0.1 and drift[-1] < 2 * max(drift[:5])
+  # With nothing wanted the rest is taken back.
+  still = jax.tree.map(jnp.zeros_like, update)
+  for _ in range(5):
+    at = step(at, still)
+  np.testing.assert_allclose(read(at), read(params), atol=1e-4)
+
+
 def test_what_is_read_in_small_units_is_held_as_well():
   params, _, update = make()
   scale = jnp.array([1e-3, 1e3, 0.0])  # The last one is read nowhere.
   read = lambda p: scale * jnp.stack(
     [jnp.sin(p['a']).sum(), (p['b'] ** 2).mean(), p['c'].sum()]
   )
-  found, _ = shaping.project_out_current(read).update(update, (), params)
+  transform = shaping.hold_concepts(read)
+  found, _ = transform.update(update, transform.init(params), params)
   before = jax.jvp(read, (params,), (update,))[1]
   after = jax.jvp(read, (params,), (found,))[1]
   assert (jnp.abs(after[:2]) < 1e-3 * jnp.abs(before[:2])).all()
