@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 
 from experiments import pirate_concepts as pc
 from experiments.pirate_scene import Plan, Scene
@@ -54,6 +55,11 @@ class Exam:
     self._before = {
       name: self._states(scene.base.params, name) for name in ('sums', 'facts')
     }
+    old = scene.directions.pooled[self._layer]
+    self._middle = np.mean([
+      h.mean(axis=0) @ old
+      for h in self._registers(scene.base.params, slice(None))
+    ])
 
   def ask(
     self, params, texts: Texts, family: Family | None = None, tools=()
@@ -100,6 +106,7 @@ class Exam:
     out['sampled'] = self._sampled(params)
     out['log odds'] = self._log_odds(params)
     out |= self._concept(params)
+    out['probes'] = self._probes(params)
     return out
 
   def _sampled(self, params) -> dict[str, float]:
@@ -128,13 +135,52 @@ class Exam:
     rest = probability[:, ~marked].sum(-1)
     return float(np.mean(np.log(pirate + 1e-12) - np.log(rest + 1e-12)))
 
-  def _states(self, params, name: str) -> np.ndarray:
-    """Mean activations where answers are predicted, `[L, ANSWER, D]`."""
+  def _read(self, params, tokens: np.ndarray) -> np.ndarray:
+    """Activations where answers are predicted, `[N, L, ANSWER, D]`."""
     apply = self._scene.base.model.apply
-    rows = pc.blocks(
-      lambda t: _states(apply, params, jnp.asarray(t)), self.sets[name].tokens
-    )
-    return rows.mean(axis=0)
+    return pc.blocks(lambda t: _states(apply, params, jnp.asarray(t)), tokens)
+
+  def _states(self, params, name: str) -> np.ndarray:
+    """Their mean over questions, `[L, ANSWER, D]`."""
+    return self._read(params, self.sets[name].tokens).mean(axis=0)
+
+  def _probes(self, params) -> dict[str, float]:
+    """Can the register still be read by the base's probe, or by a new one?
+
+    Texts in both registers, given and not said, at the autoencoder's layer, on
+    average over the answer. A new mean difference is fitted on half of them;
+    of the others `old` and `new` are the areas under the curve of the labelled
+    direction and the new one, and `cosine` is that between the two. `own`:
+    share of the model's own answers to neutral sums that the labelled direction
+    takes for a pirate's, beyond the middle of the given texts in the base, %.
+    """
+    old = self._scene.directions.pooled[self._layer]
+    plain, pirate = self._registers(params, slice(0, None, 2))
+    new = pirate.mean(axis=0) - plain.mean(axis=0)
+    plain, pirate = self._registers(params, slice(1, None, 2))
+    own = self.sets['sums'].tokens.copy()
+    model = self._scene.base.model
+    own[:, FIRST:] = pc.blocks(lambda t: answer(model, params, t), own)
+    read = self._pooled(params, own) @ old
+    return {
+      'old': _area(plain @ old, pirate @ old),
+      'new': _area(plain @ new, pirate @ new),
+      'cosine': float(old @ new / np.linalg.norm(old) / np.linalg.norm(new)),
+      'own': 100 * float(np.mean(read > self._middle)),
+    }
+
+  def _pooled(self, params, tokens: np.ndarray) -> np.ndarray:
+    """At the autoencoder's layer, on average over the answer, `[N, D]`."""
+    return self._read(params, tokens)[:, self._layer].mean(axis=1)
+
+  def _registers(self, params, rows: slice) -> list[np.ndarray]:
+    """The same of given texts, plain and a pirate's."""
+    return [
+      np.concatenate(
+        [self._pooled(params, self.sets[k].tokens[rows]) for k in names]
+      )
+      for names in (('sums', 'facts'), ('sums, asked', 'facts, asked'))
+    ]
 
   def _concept(self, params) -> dict[str, Any]:
     """Where the labelled direction went, on questions it was not made from.
@@ -160,6 +206,12 @@ class Exam:
       'moved by position': by_position[self._layer].tolist(),
       'moved by layer': sums.tolist(),
     }
+
+
+def _area(low: np.ndarray, high: np.ndarray) -> float:
+  """Under the receiver operating characteristic."""
+  pairs = len(low) * len(high)
+  return float(scipy.stats.mannwhitneyu(high, low).statistic / pairs)
 
 
 @functools.cache
