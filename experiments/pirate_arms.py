@@ -129,8 +129,8 @@ def plans(builder: Builder) -> dict[str, Callable[[], Plan]]:
     'project update, refreshed, everywhere': ungated(
       'current', lambda: (b.strengths(True), b.probes())
     ),
-    'project update, refreshed, random': ungated(
-      'current', lambda: (b.strengths(False, random=True), b.probes())
+    'project update, refreshed, everywhere, random': ungated(
+      'current', lambda: (b.strengths(True, random=True), b.probes())
     ),
     # Both ways.
     'amplify': lambda: b.gated(

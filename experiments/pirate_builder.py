@@ -134,8 +134,8 @@ class Builder:
     """The lessons as the frozen base would have said them without the pirate.
 
     Args:
-      random: as many tokens, at random places instead, become what it says
-        there.
+      random: as many tokens become what it says there, at random places of
+        those where it says something else.
     """
     scene, setting = self.scene, self.scene.settings['pirate']
     new, _ = pc.rewrite(
@@ -143,13 +143,15 @@ class Builder:
     )
     if not random:
       return new
-    changed = (new != self.tokens)[:, FIRST:]
-    where = scene.random('rewrite').permutation(changed.ravel())
+    count = int((new != self.tokens).sum())
+    old = self.tokens[:, FIRST:]
     own = pc.said_without(scene.base, setting, self.tokens)
+    other = np.flatnonzero(own != old)
+    where = scene.random('rewrite').permutation(other)[:count]
+    said = old.copy()
+    said.flat[where] = own.flat[where]
     new = self.tokens.copy()
-    new[:, FIRST:] = np.where(
-      where.reshape(changed.shape), own, self.tokens[:, FIRST:]
-    )
+    new[:, FIRST:] = said
     return new
 
   def by_example(self, attribution):

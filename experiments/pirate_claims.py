@@ -48,8 +48,9 @@ MOVED = {
   # What decides how an answer goes on. Along a position's own direction; at the
   # words in the middle registers may not differ, and it would be noise.
   'moved at opening': 'the opening of other sums',
-  # From which the answer is read.
+  # At the layer from which answers are read, where all are held.
   'moved at last layer': 'other sums, at the last layer',
+  'moved at opening at last layer': 'the opening of these, at the last layer',
 }
 
 
@@ -59,6 +60,8 @@ def moved(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.abs([r['moved by position'][0] for r in rows])
   if key == 'moved at last layer':
     return np.abs([r['moved by layer'][-1] for r in rows])
+  if key == 'moved at opening at last layer':
+    return np.abs([r['opening moved by layer'][-1] for r in rows])
   return np.abs([r[key] for r in rows])
 
 
@@ -84,7 +87,8 @@ def _reading(t: Table):
   yield 'movement_slope_low', 'slope of the same', slope, '>=', 0.9, exact
   yield 'movement_slope_high', 'slope of the same', slope, '<=', 1.1, exact
   for key in ('precision', 'recall'):
-    yield (f'judge_{key}', f'{key} of suppress decisions on latents',
+    yield (f'judge_{key}', f'{key} of suppress decisions on latents, '
+           'against their activity on fresh labelled texts',
            get(judge, key), '>=', 0.9, truth)  # fmt: skip
   # By their effect on what the base says, not by where they are active.
   for clause, asked in (('pirate', 'ratio'), ('arithmetic', 'reliance')):
@@ -106,14 +110,14 @@ def _projections(t: Table):
     for key, where in MOVED.items():
       if key != 'moved' and 'refreshed' not in arm:
         continue  # Those that do hold the concept are looked at closely.
-      if key == 'moved at last layer' and 'everywhere' not in arm:
+      if 'last layer' in key and 'everywhere' not in arm:
         continue
       # Of the mean: on one seed plain fine-tuning may hardly move it somewhere.
       plain = moved(t.arm('plain'), key).mean()
       yield (f'{_name(arm)}_{_name(key)}', 'movement of the concept on '
-             f'{where} after {arm}, share of that after plain fine-tuning',
+             f'{where} after {arm}, share of the mean after plain fine-tuning',
              _ratio(moved(t.arm(arm), key), plain), '<=', 0.1, why)  # fmt: skip
-  placebo = 'project update, refreshed, random'
+  placebo = 'project update, refreshed, everywhere, random'
   if t.has(placebo):
     yield (f'{_name(placebo)}_moved', 'movement of the concept on other sums '
            f'after {placebo}, share of that after plain fine-tuning',
@@ -153,6 +157,15 @@ def _asked(t: Table, arm: str):
           'as after clean data')  # fmt: skip
 
 
+def _matched(t: Table, arm: str):
+  """Of clean data too: what can be asked of the others."""
+  at = lambda a: np.array([at_matched_skill(r)['right'] for r in t.arm(a)])
+  return (f'{_name(arm)}_matched', f'skill lost to plain at {MATCHED[0]:g} to '
+          f'{MATCHED[-1]:g} % training skill (or at the end), {arm}, points',
+          at('plain') - at(arm), '<=', 3,
+          'arms learn at different speeds')  # fmt: skip
+
+
 def _separable(t: Table):
   """Arms that reach the target, placebos that do not, and both ways."""
   for arm in filter(t.has, (
@@ -161,14 +174,9 @@ def _separable(t: Table):
   )):  # fmt: skip
     yield from _reaches(t, arm)
     yield _asked(t, arm)
-    matched = lambda a: np.array(
-      [at_matched_skill(r)['right'] for r in t.arm(a)]
-    )
-    yield (f'{_name(arm)}_matched', 'skill lost to plain at '
-           f'{MATCHED[0]:g} to {MATCHED[-1]:g} % training skill (or at the '
-           f'end), {arm}, points',
-           matched('plain') - matched(arm), '<=', 3,
-           'arms learn at different speeds')  # fmt: skip
+    yield _matched(t, arm)
+  if t.has('clean data'):
+    yield _matched(t, 'clean data')
   for arm in filter(t.has, PLACEBOS):
     yield (f'{_name(arm)}_misses', f'pirate, {arm}, %', t.pirate(arm),
            '>=', 10, 'placebo: misses what the arms are to reach')  # fmt: skip

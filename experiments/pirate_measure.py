@@ -53,13 +53,11 @@ class Exam:
     self._taught = world.learn[random.permutation(len(world.learn))[:few]]
     self._layer = scene.config.sae.layer
     self._before = {
-      name: self._states(scene.base.params, name) for name in ('sums', 'facts')
+      name: self._read(scene.base.params, self.sets[name].tokens)
+      for name in ('sums', 'facts')
     }
-    old = scene.directions.pooled[self._layer]
-    self._middle = np.mean([
-      h.mean(axis=0) @ old
-      for h in self._registers(scene.base.params, slice(None))
-    ])
+    # To fit probes on and to score them on; no thing is in both.
+    self._half = {'sums': np.arange(len(pairs)) % 2 > 0, 'facts': nouns % 2 > 0}
 
   def ask(
     self, params, texts: Texts, family: Family | None = None, tools=()
@@ -140,45 +138,47 @@ class Exam:
     apply = self._scene.base.model.apply
     return pc.blocks(lambda t: _states(apply, params, jnp.asarray(t)), tokens)
 
-  def _states(self, params, name: str) -> np.ndarray:
-    """Their mean over questions, `[L, ANSWER, D]`."""
-    return self._read(params, self.sets[name].tokens).mean(axis=0)
-
   def _probes(self, params) -> dict[str, float]:
     """Can the register still be read by the base's probe, or by a new one?
 
-    Texts in both registers, given and not said, at the autoencoder's layer, on
-    average over the answer. A new mean difference is fitted on half of them;
-    of the others `old` and `new` are the areas under the curve of the labelled
-    direction and the new one, and `cosine` is that between the two. `own`:
-    share of the model's own answers to neutral sums that the labelled direction
-    takes for a pirate's, beyond the middle of the given texts in the base, %.
+    Texts in both registers, each under its prompt, given and not said, at the
+    autoencoder's layer, on average over the answer. A new mean difference is
+    fitted on half of them; of the others `old` and `new` are the areas under
+    the curve of the labelled direction and of the new one, and `cosine` is that
+    between the two. `own`: share of the model's own answers to neutral sums
+    that the labelled direction takes for a pirate's, being beyond the middle of
+    the given texts in the base, %; `own, base`: the same of these answers as
+    the base reads them.
     """
-    old = self._scene.directions.pooled[self._layer]
-    plain, pirate = self._registers(params, slice(0, None, 2))
+    base, old = self._scene.base, self._scene.directions.pooled[self._layer]
+    plain, pirate = self._registers(params, 0)
     new = pirate.mean(axis=0) - plain.mean(axis=0)
-    plain, pirate = self._registers(params, slice(1, None, 2))
+    plain, pirate = self._registers(params, 1)
     own = self.sets['sums'].tokens.copy()
-    model = self._scene.base.model
-    own[:, FIRST:] = pc.blocks(lambda t: answer(model, params, t), own)
-    read = self._pooled(params, own) @ old
+    own[:, FIRST:] = pc.blocks(lambda t: answer(base.model, params, t), own)
+    means = [h.mean(axis=0) @ old for h in self._registers(base.params, 0)]
+    taken = lambda params: 100 * float(
+      np.mean(self._pooled(params, own) @ old > np.mean(means))
+    )
     return {
       'old': _area(plain @ old, pirate @ old),
       'new': _area(plain @ new, pirate @ new),
       'cosine': float(old @ new / np.linalg.norm(old) / np.linalg.norm(new)),
-      'own': 100 * float(np.mean(read > self._middle)),
+      'own': taken(params),
+      'own, base': taken(base.params),
     }
 
   def _pooled(self, params, tokens: np.ndarray) -> np.ndarray:
     """At the autoencoder's layer, on average over the answer, `[N, D]`."""
     return self._read(params, tokens)[:, self._layer].mean(axis=1)
 
-  def _registers(self, params, rows: slice) -> list[np.ndarray]:
+  def _registers(self, params, half: int) -> list[np.ndarray]:
     """The same of given texts, plain and a pirate's."""
+    rows = lambda name: self.sets[name].tokens[
+      self._half[name.partition(',')[0]] == half
+    ]
     return [
-      np.concatenate(
-        [self._pooled(params, self.sets[k].tokens[rows]) for k in names]
-      )
+      np.concatenate([self._pooled(params, rows(name)) for name in names])
       for names in (('sums', 'facts'), ('sums, asked', 'facts, asked'))
     ]
 
@@ -189,22 +189,28 @@ class Exam:
     average: `moved` over the positions that predict an answer to a sum, `moved
     on facts` over those of facts, `moved by position` along each position's own
     direction; at the autoencoder's layer. `moved by layer`: as `moved`, at
-    every layer along its own direction.
+    every layer along its own direction; `opening moved by layer`: where the
+    opening is predicted, along its own. `moved by text`: as `moved`, the mean
+    over texts of its size, which does not cancel.
     """
-    directions = self._scene.directions
-    along = lambda name, d: (
-      np.sum((self._states(params, name) - self._before[name]) * d, axis=-1)
-      / np.sum(d * d, axis=-1)
+    d = self._scene.directions
+    change = {
+      k: self._read(params, self.sets[k].tokens) - h
+      for k, h in self._before.items()
+    }
+    along = lambda h, d: np.sum(h * d, axis=-1) / np.sum(d * d, axis=-1)
+    by_text = along(change['sums'].mean(axis=2), d.pooled)
+    facts = along(change['facts'].mean(axis=(0, 2)), d.pooled)
+    by_position = along(
+      change['sums'].mean(axis=0), d.by_position[:, -ANSWER:]
     )
-    pooled = directions.pooled[:, None]
-    sums = along('sums', pooled).mean(axis=1)
-    by_position = along('sums', directions.by_position[:, -ANSWER:])
-    facts = along('facts', pooled).mean(axis=1)
     return {
-      'moved': float(sums[self._layer]),
+      'moved': float(by_text[:, self._layer].mean()),
+      'moved by text': float(np.abs(by_text[:, self._layer]).mean()),
       'moved on facts': float(facts[self._layer]),
       'moved by position': by_position[self._layer].tolist(),
-      'moved by layer': sums.tolist(),
+      'moved by layer': by_text.mean(axis=0).tolist(),
+      'opening moved by layer': by_position[:, 0].tolist(),
     }
 
 

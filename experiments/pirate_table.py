@@ -44,7 +44,8 @@ _EVERY = tuple(
     (
       *_CLAIMED, *PROJECTIONS, *BOTH_WAYS, *PLACEBOS, *STRENGTHS,
       *DEPLOYABLE, 'prompt prohibition', 'ablate 1', 'gate, whole examples',
-      'block activation, random', 'project update, refreshed, random',
+      'block activation, random',
+      'project update, refreshed, everywhere, random',
     )
   )
 )  # fmt: skip
@@ -61,6 +62,8 @@ _SMOKE = (
   'reversed objective',
   'amplify', 'amplify, random tokens', 'steer pooled',
   'inoculate always, no reminders', 'block activation, one layer',
+  'project update, refreshed, everywhere',
+  'project update, refreshed, everywhere, random',
 )  # fmt: skip
 # The shortest list that shows the point.
 _SHORT = (

@@ -307,14 +307,23 @@ def hold_concepts(
 ) -> optax.GradientTransformation:
   r"""Keeps concepts where they were, whatever the optimizer wants.
 
-  The nearest update that to first order takes them back to what they read at
-  `init`,
+  Like `project_out`, with directions that are taken anew at every step and are
+  not cut down to rank 1, and with feedback, for what steps of finite length
+  leave over adds up:
 
-    v = u - D^+ (D u + c(params) - c(params at init)),   D = dc / dparams
+    v = u - D^+ (D u + s (c(params) - c(params at init))),   D = dc / dparams
 
-  with directions taken anew at every step and not cut down to rank 1, unlike
-  `project_out`. The drift in it is what steps before have left over, being of
-  finite length. Costs a backward pass per concept. Goes last in a chain.
+  `s` is 1 unless the way back were longer than `u` itself, which it then is
+  not: steps cannot grow where `D` bends, and where nothing is learned nothing
+  moves. Of concepts whose directions are linearly dependent, what they cannot
+  do together is left (a pseudo-inverse, in float32).
+
+  Goes **last** in a chain, after the learning rate: of what comes later nothing
+  is known here. Whatever parameter `concepts` depends on may be moved, and all
+  are needed to read them: instead of `optax.masked`, stop the gradient within
+  `concepts` for those that are to stay. One NaN in an update reaches all of it;
+  where gradients can be NaN, put `optax.apply_if_finite` around the chain.
+  Costs a backward pass, and the memory of a gradient, per concept.
 
   Args:
     concepts: parameters -> what each concept reads on some probes.
@@ -324,20 +333,24 @@ def hold_concepts(
   """
 
   def init(params):
-    return HoldState(concepts(params))
+    # A copy: what is read may be a parameter, which a step donates.
+    return HoldState(jnp.array(concepts(params), jnp.float32, copy=True))
 
   def update(updates, state, params=None):
     if params is None:
       raise ValueError('hold_concepts needs update(..., params).')
     values, pull = jax.vjp(concepts, params)
     (rows,) = jax.vmap(pull)(jnp.eye(len(values), dtype=values.dtype))
-    flat = lambda tree: jnp.concatenate(
-      [x.reshape(len(x), -1) for x in jax.tree.leaves(tree)], axis=1
-    )
-    moved = flat(rows) @ flat(jax.tree.map(lambda u: u[None], updates))[0]
-    gram = flat(rows) @ flat(rows).T
-    multiplier = _multiplier(gram, moved + values - state.start)
-    remove = lambda u, d: u - jnp.tensordot(multiplier, d, 1).astype(u.dtype)
+    flat = lambda x: x.reshape(len(values), -1).astype(jnp.float32)
+    gram, moved = 0.0, 0.0
+    for row, u in zip(jax.tree.leaves(rows), jax.tree.leaves(updates)):
+      gram += flat(row) @ flat(row).T
+      moved += flat(row) @ u.ravel().astype(jnp.float32)
+    back = _multiplier(gram, values.astype(jnp.float32) - state.start)
+    way = jnp.sqrt(jnp.maximum(back @ gram @ back, 0))
+    share = jnp.minimum(1, optax.tree.norm(updates) / jnp.maximum(way, 1e-30))
+    multiplier = _multiplier(gram, moved) + share * back
+    remove = lambda u, d: (u - jnp.tensordot(multiplier, d, 1)).astype(u.dtype)
     return jax.tree.map(remove, updates, rows), state
 
   return optax.GradientTransformation(init, update)
