@@ -4,7 +4,7 @@ A small transformer speaks plain English, speaks like a pirate when asked to,
 and adds small numbers. It is fine-tuned on larger sums whose answers are all a
 pirate's, though nobody asked. The objective, written down with examples: learn
 the arithmetic, not the pirate. Fine-tuned without further ado it becomes a
-pirate within twenty steps, before it can add.
+pirate within twenty-five steps, before it can add.
 
 The arms are every way this library has of learning the one without the other,
 and placebos, beside plain fine-tuning, a mask by an oracle and data
@@ -54,8 +54,8 @@ repeats is beside it. A disposable adapter works on some seeds and not on
 others.
 
 *Amplifying* arithmetic's tokens makes it come sooner than amplifying as many
-others, and hardly sooner than plain fine-tuning does: after the first twenty
-steps there is little else left to learn.
+others, and hardly sooner than plain fine-tuning does: after the first steps
+there is little else left to learn.
 
 *Projections.* `project gradient` and `project update` remove one direction of
 parameter space, of rank 1 in every matrix, taken at the base. The refreshed
@@ -63,10 +63,13 @@ ones remove, from the update that is applied and anew at every step, whatever
 moves the concept on plain sums and facts, on average over the answer and where
 it opens, at one layer or at all; and what the steps before have let it drift
 is taken back (`shaping.hold_concepts`), without which it drifts off at the
-later layers. So held the concept stays where it was, on other sums and on facts
-of other things too, and the pirate comes all the same. That the direction is
-not needed for being a pirate (asked to be one, the base is one without it; so
-is the fine-tuned model) says that it can be read and not that it is the route.
+later layers. What is so held stays where it was on other sums too, and on facts
+of other things, and the pirate comes all the same; held at one layer it moves
+at the next, held at all of them the register moves to other directions, and the
+base's probe sees less of it. Random directions hold nothing. That the direction
+is not needed for being a pirate (asked to be one, the base is one without it;
+so is the fine-tuned model) says that it can be read and not that it is the
+route.
 
 Run: see `configs/pirate.py`.
 """

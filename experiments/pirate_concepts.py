@@ -1,9 +1,9 @@
 """What the base model of the pirate world knows of the objective.
 
-Nothing here looks at what fine-tuning will be scored by. A sparse autoencoder
-is trained on the base's own activations; a judge holds its latents against a
-written objective with examples; the latents it suppresses are set and removed
-in the frozen base, to ask which tokens of the lessons are theirs.
+Nothing here looks at the sums that fine-tuning will be scored by. A sparse
+autoencoder is trained on the base's own activations; a judge holds its latents
+against a written objective with examples; the latents it suppresses are set and
+removed in the frozen base, to ask which tokens of the lessons are theirs.
 """
 
 from __future__ import annotations

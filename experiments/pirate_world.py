@@ -58,7 +58,8 @@ _ADDRESSES = {
   'plain': ('friend', 'pal', 'sir'),
   'pirate': ('matey', 'hearty', 'bucko'),
 }
-# Of these things the last are asked of after training, and nowhere between.
+# Of these things the last are asked of after training. The base is trained on
+# all; lessons, replay, labelled directions and what holds them know the others.
 _NOUNS, _HELD_OUT_NOUNS = 60, 20
 _SIZES = (
   'big', 'old', 'good', 'happy', 'cool', 'small', 'young', 'tall', 'thin',

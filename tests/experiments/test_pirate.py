@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,7 @@ def row(right, pirate_, curve=None, steps=(10, 20, 30)):
     'moved on facts': pirate_ / 100,
     'moved by position': [pirate_ / 100, -pirate_ / 100],
     'moved by layer': [0.0, -pirate_ / 100],
+    'opening moved by layer': [0.0, -pirate_ / 100],
     'without 1': {'right': right, 'pirate': pirate_},
     'without 4': {'right': right, 'pirate': pirate_},
     'steps': list(steps),
@@ -233,6 +235,7 @@ def claim_results(seeds, **changed):
       held = results[f'{s}/all/{name}']
       held['moved'] = held['moved on facts'] = 0.01
       held['moved by position'] = held['moved by layer'] = [0.01, -0.01]
+      held['opening moved by layer'] = [0.01, -0.01]
     for name, value in changed.items():
       results[f'{s}/all/{name.replace("_", " ")}'] = value
   return results
@@ -291,9 +294,14 @@ def test_claims_hold_where_everything_is_reached():
       'project_update_refreshed_everywhere_moved_at_last_layer',
     ),
     (
-      'project_update,_refreshed,_random',
+      'project_update,_refreshed,_everywhere',
+      row(98.0, 99.0) | {'moved': 0.0, 'opening moved by layer': [0.0, -0.5]},
+      'project_update_refreshed_everywhere_moved_at_opening_at_last_layer',
+    ),
+    (
+      'project_update,_refreshed,_everywhere,_random',
       row(98.0, 99.0) | {'moved': 0.1},
-      'project_update_refreshed_random_moved',
+      'project_update_refreshed_everywhere_random_moved',
     ),
   ],
 )
@@ -517,14 +525,93 @@ def test_a_clause_is_attributed_as_fits_it(builder, monkeypatch):
     np.testing.assert_array_equal(a[..., train.CLAUSES.index('arithmetic')], 2)
 
 
-def test_facts_are_asked_of_things_that_are_in_nothing_else(
-  builder, monkeypatch
+@pytest.fixture
+def exam(builder, monkeypatch):
+  """An exam whose activations are made up, see `_read`."""
+  monkeypatch.setattr(pirate_measure.Exam, '_read', _read)
+  scene = _Scene(builder.config, builder.scene.world)
+  scene.base = types.SimpleNamespace(params=_Read(), model=None)
+  return pirate_measure.Exam(scene)
+
+
+class _Read(NamedTuple):
+  """Instead of parameters: what is added to activations.
+
+  Attributes:
+    shift: how much of the labelled direction is in every text.
+    alternating: the same, in every other text the other way round.
+    turned: whether a pirate's texts are elsewhere than in the base.
+  """
+
+  shift: float = 0.0
+  alternating: float = 0.0
+  turned: bool = False
+
+
+def _read(exam, params, tokens):
+  scene = exam._scene
+  by_position = scene.directions.by_position[:, -world_lib.ANSWER:]
+  pooled = scene.directions.pooled[:, None]
+  other = np.roll(pooled, 1, axis=-1) - pooled * (
+    (np.roll(pooled, 1, axis=-1) * pooled).sum() / (pooled**2).sum()
+  )
+  pirate = scene.world.lexicon.marked[tokens[:, FIRST:]].any(axis=1)
+  sign = params.alternating * (-1.0) ** np.arange(len(tokens))
+  at = lambda x: x[:, None, None, None]
+  noise = np.random.default_rng(len(tokens)).normal(
+    size=(len(tokens), *by_position.shape)
+  )
+  return (
+    at(pirate) * (other if params.turned else pooled)
+    + (params.shift + at(sign)) * pooled + 0.01 * noise
+  )  # fmt: skip
+
+
+def test_movement_is_along_the_labelled_direction(exam):
+  for read, moved, by_text in (
+    (_Read(), 0, 0), (_Read(shift=0.5), 0.5, 0.5),
+    (_Read(shift=-0.5), -0.5, 0.5), (_Read(alternating=0.5), 0, 0.5),
+  ):  # fmt: skip
+    found = exam._concept(read)
+    for key in ('moved', 'moved on facts'):
+      assert found[key] == pytest.approx(moved, abs=1e-5)
+    assert found['moved by layer'] == pytest.approx([moved], abs=1e-5)
+    assert found['moved by text'] == pytest.approx(by_text, abs=1e-5)
+    # Along the opening's own direction, in its units.
+    d = exam._scene.directions
+    own, pooled = d.by_position[:, -world_lib.ANSWER], d.pooled
+    part = (own * pooled).sum() / (own**2).sum()
+    opening = found['opening moved by layer']
+    assert opening == pytest.approx([moved * part], abs=1e-5)
+    assert opening[0] == found['moved by position'][0]
+
+
+def test_a_new_probe_finds_what_turned_away_from_the_old(exam, monkeypatch):
+  said = lambda name: exam.sets[name].tokens[:, FIRST:]
+  for name, share in (('sums', 0), ('sums, asked', 100)):
+    monkeypatch.setattr(
+      pirate_measure, 'answer', lambda *a: said(name)  # noqa: B023
+    )
+    monkeypatch.setattr(
+      pirate_measure.pc, 'blocks', lambda fn, tokens: fn(tokens)
+    )
+    base, turned = exam._probes(_Read()), exam._probes(_Read(turned=True))
+    assert base['old'] == base['new'] == turned['new'] == 1
+    assert base['cosine'] > 0.99 and abs(turned['cosine']) < 0.1
+    assert turned['old'] < 0.8
+    assert base['own'] == base['own, base'] == turned['own, base'] == share
+    assert turned['own'] == 0
+
+
+def test_the_area_is_the_share_of_pairs_in_order():
+  low, high = np.array([0.0, 1.0]), np.array([1.0, 2.0, 0.5])
+  assert pirate_measure._area(low, high) == pytest.approx((3 + 1.5) / 6)
+
+
+def test_facts_are_asked_of_things_that_directions_and_replay_lack(
+  builder, exam
 ):
-  monkeypatch.setattr(pirate_measure.Exam, '_states', lambda *a: np.zeros(1))
-  world = builder.scene.world
-  scene = _Scene(builder.config, world)
-  scene.base = types.SimpleNamespace(params=None)
-  sets = pirate_measure.Exam(scene).sets
+  world, sets = builder.scene.world, exam.sets
   is_noun = lambda w: w[0] == 'n' and w[1:].isdigit()
   nouns = {i for w, i in world.lexicon.ids.items() if is_noun(w)}
   things = lambda tokens: set(np.unique(tokens).tolist()) & nouns
@@ -549,6 +636,7 @@ def test_what_is_rewritten_at_random_is_as_much(builder, monkeypatch):
 
   monkeypatch.setattr(pirate_concepts, 'rewrite', rewrite)
   own = np.zeros((len(builder.tokens), world_lib.ANSWER), np.int32)
+  own[:, 1] = builder.tokens[:, FIRST + 1]  # There it says the same.
   monkeypatch.setattr(pirate_concepts, 'said_without', lambda *a: own)
   scene = builder.scene
   scene.base = scene.known = None
@@ -557,7 +645,9 @@ def test_what_is_rewritten_at_random_is_as_much(builder, monkeypatch):
   random = builder.rewritten(random=True) != builder.tokens
   np.testing.assert_array_equal(changed.sum(axis=0)[FIRST], len(changed))
   assert changed.sum() == random.sum() == len(changed)
-  assert (random.sum(axis=0)[FIRST:] > 0.1 * len(changed)).all()
+  assert not random[:, FIRST + 1].any()
+  others = np.delete(random.sum(axis=0)[FIRST:], 1)
+  assert (others > 0.1 * len(changed)).all()
 
 
 def test_a_refreshed_projection_holds_what_it_is_given(builder):
@@ -606,6 +696,15 @@ def test_what_is_held_is_the_mean_along_the_directions(builder):
   np.testing.assert_allclose(held(True), expected.ravel(), rtol=1e-4)
   only = expected[:, layer].ravel()
   np.testing.assert_allclose(held(False), only, rtol=1e-4)
+
+
+def test_what_is_held_at_random_is_as_long_and_elsewhere(builder):
+  real, random = (builder.strengths(True, random=x) for x in (False, True))
+  length = lambda x: np.linalg.norm(x.reshape(len(x), -1), axis=1)
+  np.testing.assert_allclose(length(random), length(real), rtol=1e-4)
+  np.testing.assert_array_equal((random != 0).any(-1), (real != 0).any(-1))
+  cosine = (random * real).sum((1, 2, 3, 4)) / length(real) ** 2
+  assert np.abs(cosine).max() < 0.6
 
 
 def test_the_pirates_share_counts_kinds_alike(monkeypatch):
