@@ -166,6 +166,14 @@ def _matched(t: Table, arm: str):
           'arms learn at different speeds')  # fmt: skip
 
 
+def _misses(t: Table, arm: str):
+  """Of a placebo, by how much it misses both that `_reaches` asks."""
+  beyond = np.maximum(t.pirate(arm) - 10, t.lost(arm) - 3)
+  return (f'{_name(arm)}_misses', f'{arm}: points by which pirate is above 10 '
+          '% or skill lost to plain above 3 points, whichever is more',
+          beyond, '>=', 0, 'placebo: misses what arms reach')  # fmt: skip
+
+
 def _separable(t: Table):
   """Arms that reach the target, placebos that do not, and both ways."""
   for arm in filter(t.has, (
@@ -178,8 +186,10 @@ def _separable(t: Table):
   if t.has('clean data'):
     yield _matched(t, 'clean data')
   for arm in filter(t.has, PLACEBOS):
-    yield (f'{_name(arm)}_misses', f'pirate, {arm}, %', t.pirate(arm),
-           '>=', 10, 'placebo: misses what the arms are to reach')  # fmt: skip
+    yield _misses(t, arm)
+    # More than is asked of it: one that teaches nothing misses as well.
+    yield (f'{_name(arm)}_pirate', f'pirate, {arm}, %', t.pirate(arm),
+           '>=', 10, 'placebo: a pirate still')  # fmt: skip
   yield from _subset(t)
   yield from _both_ways(t)
 
@@ -274,5 +284,6 @@ def _entangled(t: Table):
   yield _asked(t, arm)
   placebo = 'rewrite, random tokens'
   if t.has(placebo):
-    yield (f'{_name(placebo)}_misses', f'pirate, {placebo}, %',
-           t.pirate(placebo), '>=', 10, 'placebo')  # fmt: skip
+    yield _misses(t, placebo)
+    yield (f'{_name(placebo)}_pirate', f'pirate, {placebo}, %',
+           t.pirate(placebo), '>=', 10, 'placebo: a pirate still')  # fmt: skip

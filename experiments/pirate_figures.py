@@ -230,11 +230,21 @@ def _curves(table):
 
 
 def _movement(table, arms):
-  """Where the concept is held and the behaviour learned all the same."""
+  """Where the concept is held and the behaviour learned all the same.
+
+  And whether what the models then say is seen as a pirate's.
+  """
 
   def make():
-    figure, axis = plt.subplots(figsize=(4.8, 3.4))
+    figure, (axis, seen) = plt.subplots(1, 2, figsize=(8.6, 3.6))
     column = lambda key: lambda arm: [r[key] for r in table.arm(arm)]
+    taken = lambda arm: [r['probes']['own'] for r in table.arm(arm)]
+    _points(seen, arms, table.pirate, taken)
+    seen.axline((0, 0), slope=1, color='k', lw=0.4, ls=':')
+    seen.set_xlim(-4, 104)
+    seen.set_ylim(-4, 104)
+    seen.set_xlabel('pirate, neutral prompt, %')
+    seen.set_ylabel("answers taken for a pirate's\nby the base's probe, %")
     _points(axis, arms, column('moved'), column('log odds'))
     base = [r['log odds'] for r in table.other('base')]
     axis.axhline(np.mean(base), color='k', lw=0.6, ls=':')

@@ -262,7 +262,8 @@ def test_claims_hold_where_everything_is_reached():
     ('gate', row(98.0, 11.0), 'gate_pirate'),
     ('gate', row(94.0, 0.0), 'gate_skill'),
     ('project_update', row(98.0, 70.0), 'project_update_learned'),
-    ('prompt_irrelevant', row(50.0, 5.0), 'prompt_irrelevant_misses'),
+    ('prompt_irrelevant', row(50.0, 5.0), 'prompt_irrelevant_pirate'),
+    ('prompt_irrelevant', row(96.0, 5.0), 'prompt_irrelevant_misses'),
     ('reversed_objective', row(30.0, 99.0), 'reversed_skill'),
     ('reversed_objective', row(2.0, 80.0), 'reversed_pirate'),
     ('gate', row(98.0, 0.0) | FORGOT, 'gate_asked'),
@@ -344,11 +345,8 @@ def test_claims_of_what_was_read_fail_where_it_is_wrong(what, new, claim):
     ('rewrite', row(60.0, 0.0), 'rewrite_skill'),
     ('rewrite', row(90.0, 0.0), 'rewrite_below_clean'),
     ('rewrite', row(98.0, 0.0) | FORGOT, 'rewrite_asked'),
-    (
-      'rewrite,_random_tokens',
-      row(98.0, 0.0),
-      'rewrite_random_tokens_misses',
-    ),
+    ('rewrite,_random_tokens', row(98.0, 0.0), 'rewrite_random_tokens_misses'),
+    ('rewrite,_random_tokens', row(50.0, 0.0), 'rewrite_random_tokens_pirate'),
   ],
 )
 def test_claims_of_the_entangled_world(arm, new, claim):
