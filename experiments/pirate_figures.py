@@ -31,6 +31,8 @@ KINDS = {
   'placebos and others': ('#9A9A9A', 'D'),
 }
 CORNER = 16.0, 70.0  # Where a figure of the upper left corner ends.
+# Projections that do hold the concept.
+HELD = 'project update, refreshed', 'project update, refreshed, everywhere'
 CURVES = {
   'plain': '#000000', 'clean data': '#7F7F7F', 'gate, anchored': '#0072B2',
   'rewrite': '#56B4E9', 'inoculate always': '#009E73', 'adapter': '#CC79A7',
@@ -254,12 +256,18 @@ def _movement(table, arms):
       ha='right', va='bottom', fontsize=7,
     )  # fmt: skip
     axis.axhline(0, color='k', lw=0.3)
-    held = 'project update, refreshed'
-    if table.has(held):
+    for held, height in zip(HELD, (0.9, 0.64)):
+      if not table.has(held):
+        continue
       place = column('moved')(held), column('log odds')(held)
       axis.annotate(
-        held, [np.mean(x) for x in place], (-4, 14), fontsize=7,
-        textcoords='offset points', color=KINDS['projections'][0],
+        held.replace('refreshed, ', 'refreshed,\n'),
+        [np.mean(x) for x in place], (0.02, height),
+        textcoords='axes fraction', fontsize=7, va='center',
+        color=KINDS['projections'][0],
+        arrowprops={
+          'arrowstyle': '-', 'lw': 0.4, 'color': '#BBBBBB', 'relpos': (1, 0.5),
+        },
       )  # fmt: skip
     axis.set_xlabel(
       'movement of the concept on other questions\n(0: none, 1: from plain to '
