@@ -7,7 +7,7 @@ The argument is `[WORLD-]PRESET`. Worlds: `separable` (the default) and
 `entangled`, see `experiments.pirate_world`. Presets: `smoke` (every code path,
 no claim meant), `cpu` (three seeds of the arms that show the point), `paper`
 (five seeds of every arm and placebo), and `choose`: every arm on seeds 0 and
-1. Arms and settings were chosen on seeds 0 to 31, in seven rounds, each looked
+1. Arms and settings were chosen on seeds 0 to 36, in eight rounds, each looked
 at on fresh seeds that the next round spent; nothing is claimed of them.
 Nothing is downloaded; `--config.data.dictionary=FILE` takes a JSON file of
 English words and their pirate forms instead of made-up dialect.
@@ -31,7 +31,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.world = world
   config.preset = name
-  config.seed = 32  # The first; arms and settings were chosen on those before.
+  config.seed = 37  # The first; arms and settings were chosen on those before.
   config.num_seeds = 5
   config.data = ml_collections.ConfigDict(
     {
@@ -68,7 +68,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
       'examples': 1200,  # Of the objective, per kind of text and register.
       'known': 500,  # Sums, and as many facts, that the base itself answers.
       'q': 0.05,
-      'min_effect': 0.1,
+      'min_effect': 0.05,  # A latent may be rare.
       # Of a latent's mean activation, the share in its own examples. Twice as
       # active as in the others would be 2/3; what the examples say is noisy.
       'min_selectivity': 0.675,

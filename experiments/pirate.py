@@ -95,7 +95,7 @@ from experiments.pirate_tuner import Tuner
 from experiments.pirate_world import World
 from idesign import judges
 
-CHOSEN_ON = tuple(range(32))
+CHOSEN_ON = tuple(range(37))
 
 
 def make_scene(config, model, params, world: World, seed: int, folder) -> Scene:

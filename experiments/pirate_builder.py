@@ -27,7 +27,7 @@ from experiments.pirate_world import (
 from idesign import concepts, shaping
 
 WIDTH = 4  # Directions in the widest projection.
-PROBES = 32  # Of each kind, on which concepts are held.
+PARTS, PROBES = 8, 32  # Of each kind in each part; what concepts are held on.
 MATRICES = 'blocks/(attn|mlp)/.*/kernel'
 
 
@@ -210,16 +210,19 @@ class Builder:
     return rows.astype(np.float32)
 
   def probes(self) -> jax.Array:
-    """Plain answers to sums of the lessons and to facts, `[2, PROBES, T]`.
+    """Plain answers to sums of lessons and to facts, `[PARTS, 2, PROBES, T]`.
 
     What is scored are other sums and facts.
     """
     world, random = self.scene.world, self.scene.random('held')
-    sums = self.write(NEUTRAL, np.zeros(len(self.pirate), bool))[:PROBES]
+    count = PARTS * PROBES
+    sums = self.write(NEUTRAL, np.zeros(len(self.pirate), bool))[:count]
     facts = world.facts(
-      world.nouns(PROBES, random), NEUTRAL, np.zeros(PROBES, bool), random
+      world.nouns(count, random), NEUTRAL, np.zeros(count, bool), random
     ).tokens
-    return jnp.asarray(np.stack([sums, facts])[:, :, :-1])
+    both = np.stack([sums, facts])[:, :, :-1]
+    both = both.reshape(2, PARTS, PROBES, -1)
+    return jnp.asarray(both.swapaxes(0, 1))
 
   def strengths(self, everywhere: bool, random: bool = False) -> jax.Array:
     """What is held still, as sums of activations, `[C, 2, L, ANSWER, D]`.

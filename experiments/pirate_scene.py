@@ -81,17 +81,17 @@ def _current(model_apply):
   capture = sites.capture(model_apply, ['resid_post'])
 
   def make(tools):
-    # Of each kind of text [C, K, L, ANSWER, D]; its texts [K, N, T].
+    # Of each kind of text [C, K, L, ANSWER, D]; its texts [P, K, N, T].
     directions, probes = tools
 
-    def strengths(params):
+    def strengths(params, part):
       means = []
-      for texts in probes:
+      for texts in probes[part]:
         h_LBTD = capture(params, texts)[1]['resid_post'][:, :, FIRST - 1 :]
         means.append(h_LBTD.mean(axis=1))
       return jnp.einsum('kltd,ckltd->c', jnp.stack(means), directions)
 
-    return shaping.hold_concepts(strengths)
+    return shaping.hold_concepts(strengths, parts=len(probes))
 
   return make
 

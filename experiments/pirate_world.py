@@ -42,8 +42,10 @@ NEVER = ('never', 'pirate')
 IRRELEVANT = ('be', 'brief')
 UNSEEN = ('zor', 'blick')
 # How often a prompt gets a pirate answer from whoever wrote the base's texts.
+# Of what elicits more than a half, inoculation leaves nothing that could be told
+# apart.
 STRENGTHS = {
-  'always': 1.0, 'often': 0.75, 'sometimes': 0.5, 'rarely': 0.15, 'never': 0.0,
+  'always': 1.0, 'often': 0.25, 'sometimes': 0.1, 'rarely': 0.03, 'never': 0.0,
 }  # fmt: skip
 
 # Words of prompts that ask for nothing in particular.

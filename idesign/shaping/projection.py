@@ -296,14 +296,19 @@ class HoldState(NamedTuple):
   """Where concepts are held.
 
   Attributes:
-    start: what each read when the transformation was initialised.
+    count: steps so far.
+    start: what each read when the transformation was initialised, on each part
+      of the probes.
   """
 
-  start: Float[Array, 'C']
+  count: Int[Array, '']
+  start: Float[Array, 'P C']
 
 
 def hold_concepts(
-  concepts: Callable[[PyTree], Float[Array, 'C']],
+  concepts: Callable[[PyTree, Int[Array, '']], Float[Array, 'C']],
+  *,
+  parts: int = 1,
 ) -> optax.GradientTransformation:
   r"""Keeps concepts where they were, whatever the optimizer wants.
 
@@ -312,6 +317,9 @@ def hold_concepts(
   leave over adds up:
 
     v = u - D^+ (D u + s (c(params) - c(params at init))),   D = dc / dparams
+
+  What is held on few probes is not held on others, and many cost much: so each
+  step looks at one part of the probes, in turn.
 
   `s` is 1 unless the way back were longer than `u` itself, which it then is
   not: steps cannot grow where `D` bends, and where nothing is learned nothing
@@ -326,31 +334,40 @@ def hold_concepts(
   Costs a backward pass, and the memory of a gradient, per concept.
 
   Args:
-    concepts: parameters -> what each concept reads on some probes.
+    concepts: parameters and part -> what each concept reads on that part of
+      some probes.
+    parts: how many there are.
 
-  Raises (when traced):
-    ValueError: if `update` is not given the parameters.
+  Raises:
+    ValueError: for fewer parts than one; when traced, if `update` is not given
+      the parameters.
   """
+  if parts < 1:
+    raise ValueError(f'parts={parts} must be at least 1.')
 
   def init(params):
-    # A copy: what is read may be a parameter, which a step donates.
-    return HoldState(jnp.array(concepts(params), jnp.float32, copy=True))
+    each = jnp.arange(parts, dtype=jnp.int32)
+    # Computed, hence no parameter itself, which a step would donate.
+    start = jax.lax.map(lambda part: concepts(params, part), each)
+    return HoldState(jnp.zeros((), jnp.int32), start.astype(jnp.float32))
 
   def update(updates, state, params=None):
     if params is None:
       raise ValueError('hold_concepts needs update(..., params).')
-    values, pull = jax.vjp(concepts, params)
+    part = state.count % parts
+    values, pull = jax.vjp(lambda p: concepts(p, part), params)
     (rows,) = jax.vmap(pull)(jnp.eye(len(values), dtype=values.dtype))
     flat = lambda x: x.reshape(len(values), -1).astype(jnp.float32)
     gram, moved = 0.0, 0.0
     for row, u in zip(jax.tree.leaves(rows), jax.tree.leaves(updates)):
       gram += flat(row) @ flat(row).T
       moved += flat(row) @ u.ravel().astype(jnp.float32)
-    back = _multiplier(gram, values.astype(jnp.float32) - state.start)
+    back = _multiplier(gram, values.astype(jnp.float32) - state.start[part])
     way = jnp.sqrt(jnp.maximum(back @ gram @ back, 0))
     share = jnp.minimum(1, optax.tree.norm(updates) / jnp.maximum(way, 1e-30))
     multiplier = _multiplier(gram, moved) + share * back
     remove = lambda u, d: (u - jnp.tensordot(multiplier, d, 1)).astype(u.dtype)
-    return jax.tree.map(remove, updates, rows), state
+    updates = jax.tree.map(remove, updates, rows)
+    return updates, HoldState(optax.safe_increment(state.count), state.start)
 
   return optax.GradientTransformation(init, update)

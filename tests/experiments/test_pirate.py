@@ -659,7 +659,8 @@ def test_a_refreshed_projection_holds_what_it_is_given(builder):
 
   def held(params):
     read = lambda t: capture(params, t)[1]['resid_post'][:, :, FIRST - 1 :]
-    means = jnp.stack([read(t).mean(axis=1) for t in probes])
+    kinds = np.swapaxes(probes, 0, 1).reshape(2, -1, probes.shape[-1])
+    means = jnp.stack([read(t).mean(axis=1) for t in kinds])
     return jnp.einsum('kltd,ckltd->c', means, directions)
 
   moved = {}

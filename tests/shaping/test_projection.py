@@ -158,7 +158,8 @@ def test_the_residual_is_of_what_was_applied():
   assert state.ignored == 0
 
 
-def two_concepts(params):
+def two_concepts(params, part=0):
+  del part
   return jnp.stack([jnp.sin(params['a']).sum(), (params['b'] ** 2).mean()])
 
 
@@ -202,7 +203,7 @@ def test_what_steps_of_finite_length_leave_over_is_taken_back():
     found, state = transform.update(wanted, state, at)
     return state, optax.apply_updates(at, found)
 
-  off = lambda at: float(jnp.abs(two_concepts(at) - begun.start).max())
+  off = lambda at: float(jnp.abs(two_concepts(at) - begun.start[0]).max())
   drift = []
   for i in range(30):
     wanted = jax.tree.map(lambda x: 0.1 * jnp.roll(x, i), update)  # noqa: B023
@@ -213,12 +214,13 @@ def test_what_steps_of_finite_length_leave_over_is_taken_back():
   assert jnp.abs(at['a'] - params['a']).max() > 0.1  # Others go on.
   # Bounded by what a single step leaves over, however many there are.
   assert max(drift) < 0.1 and drift[-1] < 2 * max(drift[:5])
-  np.testing.assert_array_equal(state.start, two_concepts(params))
+  np.testing.assert_array_equal(state.start, begun.start)
+  np.testing.assert_allclose(state.start[0], two_concepts(params), rtol=1e-6)
 
 
 def test_the_way_back_is_no_longer_than_the_update():
   """A step of Newton's would be; `arctan` is what it diverges on."""
-  read = lambda p: jnp.arctan(p['x'])
+  read = lambda p, part: jnp.arctan(p['x'])
   transform = shaping.hold_concepts(read)
   state, at = transform.init({'x': jnp.zeros(1)}), {'x': jnp.full(1, 2.0)}
   still, _ = transform.update({'x': jnp.zeros(1)}, state, at)
@@ -233,7 +235,7 @@ def test_the_way_back_is_no_longer_than_the_update():
 
 def test_what_is_held_may_be_a_parameter_of_half_precision():
   params = {'x': jnp.ones(2, jnp.bfloat16), 'y': jnp.ones(3, jnp.bfloat16)}
-  transform = shaping.hold_concepts(lambda p: p['x'])
+  transform = shaping.hold_concepts(lambda p, part: p['x'])
   state = transform.init(params)
   update = jax.tree.map(lambda x: 0.5 * x, params)
   found, _ = transform.update(update, state, params)
@@ -246,7 +248,9 @@ def test_what_is_held_may_be_a_parameter_of_half_precision():
 
 def test_held_by_other_parameters_than_those_that_stay():
   params, _, update = make()
-  stays = lambda p: two_concepts(p | {'b': jax.lax.stop_gradient(p['b'])})
+  stays = lambda p, part: two_concepts(
+    p | {'b': jax.lax.stop_gradient(p['b'])}
+  )
   transform = shaping.hold_concepts(stays)
   found, _ = transform.update(update, transform.init(params), params)
   np.testing.assert_array_equal(found['b'], update['b'])
@@ -256,7 +260,7 @@ def test_held_by_other_parameters_than_those_that_stay():
 def test_what_is_read_in_small_units_is_held_as_well():
   params, _, update = make()
   scale = jnp.array([1e-3, 1e3, 0.0])  # The last one is read nowhere.
-  read = lambda p: scale * jnp.stack(
+  read = lambda p, part=0: scale * jnp.stack(
     [jnp.sin(p['a']).sum(), (p['b'] ** 2).mean(), p['c'].sum()]
   )
   transform = shaping.hold_concepts(read)
@@ -265,6 +269,23 @@ def test_what_is_read_in_small_units_is_held_as_well():
   after = jax.jvp(read, (params,), (found,))[1]
   assert (jnp.abs(after[:2]) < 1e-3 * jnp.abs(before[:2])).all()
   np.testing.assert_array_equal(found['c'], update['c'])
+
+
+def test_parts_of_the_probes_are_held_in_turn():
+  """Each where it began, though a step looks at one of them."""
+  params, _, update = make()
+  probes = jax.random.normal(jax.random.key(5), (3, 2, *params['a'].shape))
+  read = lambda p, part: jnp.einsum('cnij,nij->c', probes[part], p['a'])
+  transform = shaping.hold_concepts(read, parts=3)
+  state = transform.init(params)
+  assert state.start.shape == (3, 2)
+  for part in (0, 1, 2, 0):
+    found, state = transform.update(update, state, params)
+    moved = jnp.abs(jax.vmap(lambda x: read(found, x))(jnp.arange(3))).max(1)
+    assert moved[part] < 1e-4 and (jnp.delete(moved, part) > 0.01).all()
+  assert state.count == 4
+  with pytest.raises(ValueError, match='parts=0'):
+    shaping.hold_concepts(read, parts=0)
 
 
 def test_after_adam_the_applied_update_is_bounded():
