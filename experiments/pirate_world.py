@@ -42,8 +42,7 @@ NEVER = ('never', 'pirate')
 IRRELEVANT = ('be', 'brief')
 UNSEEN = ('zor', 'blick')
 # How often a prompt gets a pirate answer from whoever wrote the base's texts.
-# Of what elicits more than a half, inoculation leaves nothing that could be told
-# apart.
+# After prompts that elicit half and more there is nothing left to tell apart.
 STRENGTHS = {
   'always': 1.0, 'often': 0.25, 'sometimes': 0.1, 'rarely': 0.03, 'never': 0.0,
 }  # fmt: skip
