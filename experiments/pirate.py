@@ -63,10 +63,11 @@ ones remove, from the update that is applied and anew at every step, whatever
 moves the concept on plain sums and facts, on average over the answer and where
 it opens, at one layer or at all; and what the steps before have let it drift
 is taken back (`shaping.hold_concepts`), without which it drifts off at the
-later layers. What is so held stays where it was on other sums too, and on facts
-of other things, and the pirate comes all the same; held at one layer it moves
-at the next, held at all of them the register moves to other directions, and the
-base's probe sees less of it. Random directions hold nothing. That the direction
+later layers. What is so held stays where it was on other sums too, and the
+pirate comes all the same. On facts of other things it stays where one layer is
+held, and moves a little where all are. Held at one layer it moves at the next;
+held at all of them the register moves to other directions, and the base's probe
+sees less of it. Random directions hold nothing. That the direction
 is not needed for being a pirate (asked to be one, the base is one without it;
 so is the fine-tuned model) says that it can be read and not that it is the
 route.
