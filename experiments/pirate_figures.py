@@ -274,7 +274,7 @@ def _movement(table, arms):
       'pirate)'
     )
     axis.set_ylabel("log odds of a pirate's opening, nats")
-    axis.legend(loc='lower right', bbox_to_anchor=(1, 0.2), fontsize=7)
+    axis.legend(loc='lower right', bbox_to_anchor=(1, 0.27), fontsize=7)
     return figure
 
   return make
