@@ -48,13 +48,13 @@ without its latents, on texts that it knows, and the dictionary is applied to
 the lessons (`shaping.translation`). All this is one mechanism, the frozen
 model's counterfactual, used in three ways; they are no independent successes.
 
-*Prompts and adapters.* Inoculation keeps the pirate out, the better the more its
-prompt elicits before training: on average over seeds, and not on each. It costs
-skill on some: what is learned under the prompt in part stays behind it. What is
-repeated in every fine-tuning holds these prompts, so that they keep their
-meaning; an arm without repeats is beside it. A prompt that elicits nothing can
-keep the pirate behind it as well: on some seeds the irrelevant and the unseen
-one do. A disposable adapter works on some seeds and not on others.
+*Prompts and adapters.* Inoculation keeps the pirate out, the better the more
+its prompt elicits before training: on average over seeds, and not on each. It
+costs skill on some: what is learned under the prompt in part stays behind it.
+What is repeated in every fine-tuning holds these prompts, so that they keep
+their meaning; an arm without repeats is beside it. A prompt that elicits
+nothing can keep the pirate behind it as well: on some seeds the irrelevant and
+the unseen one do. A disposable adapter works on some seeds and not on others.
 
 *Amplifying* arithmetic's tokens makes it come sooner than amplifying as many
 others, and hardly sooner than plain fine-tuning does: after the first steps
