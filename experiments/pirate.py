@@ -54,7 +54,8 @@ costs skill on some: what is learned under the prompt in part stays behind it.
 What is repeated in every fine-tuning holds these prompts, so that they keep
 their meaning; an arm without repeats is beside it. A prompt that elicits
 nothing can keep the pirate behind it as well: on some seeds the irrelevant and
-the unseen one do. A disposable adapter works on some seeds and not on others.
+the unseen one do. In the entangled world prompts neither keep the pirate out
+nor the skill. A disposable adapter works on some seeds, all of them separable.
 
 *Amplifying* arithmetic's tokens makes it come sooner than amplifying as many
 others, and hardly sooner than plain fine-tuning does: after the first steps
@@ -64,16 +65,17 @@ there is little else left to learn.
 parameter space, of rank 1 in every matrix, taken at the base. The refreshed
 ones remove, from the update that is applied and anew at every step, whatever
 moves the concept on plain sums and facts, on average over the answer and where
-it opens, at one layer or at all; and what the steps before have let it drift
-is taken back (`shaping.hold_concepts`), without which it drifts off at the
-later layers. What is so held stays where it was on other sums too, and the
-pirate comes all the same. On facts of other things it stays where one layer is
-held, and moves a little where all are. Held at one layer it moves at the next;
-held at all of them the register moves to other directions, and the base's probe
-sees less of it. Random directions hold nothing. That the direction
-is not needed for being a pirate (asked to be one, the base is one without it;
-so is the fine-tuned model) says that it can be read and not that it is the
-route.
+it opens, at one layer or at all; and what the steps before have let it drift is
+taken back (`shaping.hold_concepts`), without which it drifts off at the later
+layers. What is so held stays where it was on other sums too, and the pirate
+comes all the same. On facts of other things it stays where one layer is held,
+and moves a little where all are. Held at one layer it moves at the next; held
+at all of them the register moves to other directions. After most projections,
+whether they hold it or not, the base's probe sees less of a pirate that speaks
+as before, on some seeds much less. Random directions hold nothing. That the
+direction is not needed for being a pirate (asked to be one, the base is one
+without it; so is the fine-tuned model) says that it can be read and not that it
+is the route.
 
 Run: see `configs/pirate.py`.
 """
@@ -148,7 +150,8 @@ def check(config) -> list[int]:
   if chosen_on and config.preset != 'choose':
     raise ValueError(
       f'config.seed={config.seed}: arms were chosen on seeds {CHOSEN_ON}, so '
-      f'nothing can be claimed of {chosen_on}. Start later.'
+      f'nothing can be claimed of {chosen_on}. Start at '
+      f'{max(CHOSEN_ON) + 1} or later.'
     )
   if config.tune.steps % config.tune.every:
     raise ValueError(

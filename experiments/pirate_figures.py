@@ -274,7 +274,9 @@ def _movement(table, arms):
       'pirate)'
     )
     axis.set_ylabel("log odds of a pirate's opening, nats")
-    axis.legend(loc='lower right', bbox_to_anchor=(1, 0.27), fontsize=7)
+    figure.legend(
+      *axis.get_legend_handles_labels(), loc='outside upper center', ncol=4
+    )
     return figure
 
   return make
