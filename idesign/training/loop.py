@@ -50,6 +50,7 @@ def fit(
   evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
   evaluate_every: int = 1000,
   extra: Callable[..., dict[str, Any]] | None = None,
+  watch: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> TrainState:
   """Trains until `num_steps` updates have been made, resuming if it can.
 
@@ -73,6 +74,8 @@ def fit(
     evaluate_every: call it after every so many updates, and after the last.
     extra: `extra(state, batch)` gives keyword arguments of the optimizer for
       the step about to be made.
+    watch: called with every step's number and metrics, after they are written
+      and before anything of that step is saved; it may raise.
 
   Returns:
     The state after `num_steps` updates, with no save left running.
@@ -113,6 +116,8 @@ def fit(
     metrics = {name: float(value) for name, value in metrics.items()}
     if writer is not None and (due(step, log_every) or evaluation):
       writer.write(step, {**metrics, **evaluation})
+    if watch is not None:
+      watch(step, metrics)
     wrong = [n for n, value in metrics.items() if not math.isfinite(value)]
     if wrong:
       values = ', '.join(f'{name}={metrics[name]}' for name in wrong)

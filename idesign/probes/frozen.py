@@ -1,0 +1,139 @@
+"""A probe that reads a model which does not change.
+
+A policy that is rewarded by a probe on its own activations can please it by
+moving them. Read by a frozen copy of the model, it can only by what it says:
+of `E[R] - E[psi(y, now)] = E[R] - E[psi(y, frozen)] + E[psi(y, frozen) - psi(y,
+now)]` the last term, representations that change, is not there
+(https://arxiv.org/abs/2602.15515). What remains is text that fools the frozen
+model; a weak probe is fooled at once, so weak ones are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from idesign.probes.architectures import ProbeConfig, ProbeParams, apply_probe
+from idesign.probes.calibration import ProbeQuality
+from idesign.probes.reading import Observation, Observe
+
+
+class Pressure(enum.IntEnum):
+  """How hard training pushes against what a probe can see; worse is larger."""
+
+  NONE = 0
+  FROZEN = 1
+  LIVE = 2
+  GRADIENT = 3
+
+
+class WeakProbeError(ValueError):
+  """A probe is too weak to be trained on."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FrozenProbe:
+  """A probe and the frozen model that it reads: a pytree of arrays.
+
+  Nothing that comes out of it has a gradient: not with respect to these
+  parameters, nor to any others that the texts may depend on.
+
+  Attributes:
+    params: of the model, its own copy (`freeze`).
+    probe: parameters of the probe.
+    observe: `observer(apply, names)`.
+    config: of the probe.
+    quality: on entities that the probe was not fitted on.
+  """
+
+  params: Any
+  probe: ProbeParams
+  observe: Observe = dataclasses.field(metadata={'static': True})
+  config: ProbeConfig = dataclasses.field(metadata={'static': True})
+  quality: ProbeQuality = dataclasses.field(metadata={'static': True})
+
+  def read(
+    self, tokens_BT: Int[Array, 'B T'], mask_BT: Bool[Array, 'B T']
+  ) -> Observation:
+    """The frozen model's view, for a reference divergence and for `scores`."""
+    params = jax.lax.stop_gradient(self.params)
+    observation = self.observe(params, tokens_BT, mask_BT)
+    return jax.lax.stop_gradient(observation)
+
+  def scores(
+    self, observation: Observation, spans_BT: Bool[Array, 'B T']
+  ) -> Float[Array, 'B']:
+    """Probability of the label for one span of each text."""
+    observation = jax.lax.stop_gradient(observation)
+    return jax.lax.stop_gradient(self._scores(observation, spans_BT))
+
+  def live_scores(
+    self,
+    observation: Observation,
+    spans_BT: Bool[Array, 'B T'],
+    *,
+    allow_gradient: bool = False,
+  ) -> Float[Array, 'B']:
+    """The same on the activations of a model that is being trained.
+
+    Args:
+      observation: of `observe` with that model's parameters.
+      spans_BT: one span of each text.
+      allow_gradient: whether training may differentiate the probe, which
+        teaches the model to look innocent: the highest pressure there is.
+    """
+    if not allow_gradient:
+      return self.scores(observation, spans_BT)
+    return self._scores(observation, spans_BT)
+
+  def _scores(self, observation, spans_BT):
+    if self.config.classes != 1:
+      raise ValueError(f'classes={self.config.classes}: one score needs 1.')
+    logits_BC = jax.vmap(
+      lambda h, m: apply_probe(self.config, self.probe, h, m)
+    )(observation.h_BTE, spans_BT)
+    return jax.nn.sigmoid(logits_BC[:, 0])
+
+
+def freeze(
+  params: Any,
+  probe: ProbeParams,
+  *,
+  observe: Observe,
+  config: ProbeConfig,
+  quality: ProbeQuality,
+  minimum_auroc: float = 0.9,
+  accept_weak_probe: bool = False,
+) -> FrozenProbe:
+  """Copies a model, so that what is donated in training is not what is read.
+
+  Args:
+    params: of the model, copied.
+    probe: parameters of the probe.
+    observe: `observer(apply, names)`.
+    config: of the probe.
+    quality: `quality(...)` on entities that it was not fitted on.
+    minimum_auroc: below it a probe is refused.
+    accept_weak_probe: take it all the same.
+
+  Raises:
+    WeakProbeError: with the numbers.
+  """
+  if quality.auroc < minimum_auroc and not accept_weak_probe:
+    raise WeakProbeError(
+      f'AUROC {quality.auroc:.3f} on {quality.entities} unseen entities '
+      f'({quality.positives} positives, {quality.negatives} negatives) is '
+      f'below {minimum_auroc}: what pleases such a probe need not be true. '
+      'Label more entities, read another layer, or pass '
+      'accept_weak_probe=True.'
+    )
+  return FrozenProbe(
+    jax.tree.map(jnp.copy, params), jax.tree.map(jnp.asarray, probe),
+    observe, config, quality,
+  )  # fmt: skip

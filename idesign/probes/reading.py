@@ -1,0 +1,107 @@
+"""What one forward pass says of texts: predictions, and activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+from idesign import sites
+
+
+class Observation(NamedTuple):
+  """A model's view of texts.
+
+  Attributes:
+    logits_BTV: at each token, of the next one.
+    h_BTE: activations, those of several names side by side.
+  """
+
+  logits_BTV: Float[Array, 'B T V']
+  h_BTE: Float[Array, 'B T E']
+
+
+Observe = Callable[[Any, Array, Array], Observation]
+
+
+def observer(apply: Callable[..., Any], names: Sequence[str]) -> Observe:
+  """The function `observe(params, tokens_BT, mask_BT) -> Observation`.
+
+  One pass gives both, so that a probe beside a divergence costs no pass of its
+  own; what is not used is not computed under `jit`.
+
+  Args:
+    apply: `apply(params, tokens, mask_BT=) -> logits`.
+    names: activations, such as `resid_post[2:3]`; of names that stand for
+      several layers each is read.
+
+  Raises (when called or traced):
+    SelectionError: if no activation is named so.
+    ValueError: if an activation is not `[B, T, D]` per layer, or no name given.
+  """
+  names = [names] if isinstance(names, str) else list(names)
+  if not names:
+    raise ValueError('no activation is named: a probe has to read something.')
+  captured = sites.capture(
+    lambda params, tokens, mask: apply(params, tokens, mask_BT=mask), names
+  )
+
+  def observe(params, tokens_BT, mask_BT):
+    logits_BTV, taken = captured(params, tokens_BT, mask_BT)
+    parts = []
+    for name in names:
+      h = taken[name]
+      if h.ndim not in (3, 4) or h.shape[-3:-1] != tokens_BT.shape:
+        raise ValueError(
+          f'{name!r} has shape {h.shape}; [layers, batch, time, width] or '
+          '[batch, time, width] is needed.'
+        )
+      parts += [h] if h.ndim == 3 else list(h)
+    return Observation(logits_BTV, jnp.concatenate(parts, axis=-1))
+
+  return observe
+
+
+def token_logprobs(
+  logits_BTV: Float[Array, 'B T V'], tokens_BT: Int[Array, 'B T']
+) -> Float[Array, 'B T']:
+  """Log-probability of each token given those before it; 0 for the first."""
+  logprobs_BTV = jax.nn.log_softmax(
+    logits_BTV[:, :-1].astype(jnp.float32), axis=-1
+  )
+  taken = jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)
+  return jnp.pad(taken[..., 0], ((0, 0), (1, 0)))
+
+
+def read_spans(
+  observe: Observe,
+  params: Any,
+  tokens_NT: Int[Array, 'N T'],
+  mask_NT: Bool[Array, 'N T'],
+  *,
+  batch_size: int = 1024,
+) -> Float[Array, 'N T E']:
+  """Activations of many texts, a batch at a time, on the host.
+
+  Raises:
+    ValueError: for shapes that do not belong together.
+  """
+  if tokens_NT.shape != mask_NT.shape:
+    raise ValueError(f'tokens {tokens_NT.shape}, mask {mask_NT.shape}.')
+  parts = []
+  for start in range(0, len(tokens_NT), batch_size):
+    rows = slice(start, start + batch_size)
+    parts.append(
+      jax.device_get(_read(observe, params, tokens_NT[rows], mask_NT[rows]))
+    )
+  return np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnames='observe')
+def _read(observe, params, tokens_BT, mask_BT):
+  return observe(params, tokens_BT, mask_BT).h_BTE
