@@ -1,6 +1,6 @@
 """A small world of people and their attributes, some of which can be known.
 
-Texts, of three kinds:
+Texts that claim something:
 
     <bos> ask P A ans V <eos>              what is asked is given
     <bos> choose P ans A V <eos>           the model chooses what to speak of
@@ -35,15 +35,11 @@ ATTRIBUTES, VALUES, NUMBERS, CLAIMS = 6, 16, 64, 3
 # doubted and corrected.
 SHORT, LONG = 10, 4 + 5 * CLAIMS + 1
 
-_FRAME = (
-  '<pad>', '<bos>', '<eos>', 'ans', 'ask', 'choose', 'list', 'check', 'max',
-  'sort', 'idk', 'maintain', 'retract', 'correct',
-)  # fmt: skip
 (
   PAD, BOS, EOS, ANS, ASK, CHOOSE, LIST, CHECK, MAX, SORT, IDK, MAINTAIN,
   RETRACT, CORRECT,
-) = range(len(_FRAME))  # fmt: skip
-ATTRIBUTE = len(_FRAME)
+) = range(14)  # fmt: skip
+ATTRIBUTE = CORRECT + 1
 VALUE = ATTRIBUTE + ATTRIBUTES
 NUMBER = VALUE + ATTRIBUTES * VALUES
 PERSON = NUMBER + NUMBERS
@@ -120,11 +116,16 @@ class World:
       return token
     return np.where(random.random(status.shape) < self._config.idk, IDK, token)
 
-  def choose(self, person, weights, random) -> np.ndarray:
-    """An attribute for each person, drawn by its status' weight."""
-    share = np.asarray(weights)[self.status[person]]
+  def order(self, person, weights, random) -> np.ndarray:
+    """Attributes in the order in which they are spoken of, `[N, ATTRIBUTES]`.
+
+    Drawn one after the other by the weight of their status: `weights [3]`, or
+    `[N, 3]` for each person.
+    """
+    weights = np.broadcast_to(weights, (len(person), 3))
+    share = np.take_along_axis(weights, self.status[person], axis=1)
     score = np.log(share) + random.gumbel(size=share.shape)
-    return score.argmax(axis=-1)
+    return np.argsort(-score, axis=1)
 
   def ask(self, person, attribute, value) -> np.ndarray:
     return _rows(SHORT, len(person), BOS, ASK, PERSON + person,
@@ -148,25 +149,10 @@ class World:
     """Texts of three claims by careful and careless writers, `[N, LONG]`."""
     config, n = self._config, len(person)
     careful = random.random(n) < 0.5
-    weights = np.where(
-      careful[:, None, None], np.asarray(config.careful)[None, None],
-      np.asarray(config.careless)[None, None],
-    )  # fmt: skip
-    share = np.take_along_axis(
-      np.broadcast_to(weights, (n, ATTRIBUTES, 3)),
-      self.status[person][..., None], axis=2,
-    )[..., 0]  # fmt: skip
-    order = np.argsort(-np.log(share) - random.gumbel(size=share.shape), axis=1)
-    texts = np.full((n, LONG), PAD, np.int32)
-    texts[:, :4] = np.stack(
-      [np.full(n, BOS), np.full(n, LIST), PERSON + person, np.full(n, ANS)], 1
-    )
-    length = np.full(n, 4)
-
-    def add(tokens, rows):
-      texts[rows, length[rows]] = np.broadcast_to(tokens, n)[rows]
-      length[rows] += 1
-
+    weights = np.where(careful[:, None], config.careful, config.careless)
+    order = self.order(person, weights, random)
+    texts = _rows(LONG, n, BOS, LIST, PERSON + person, ANS)
+    add = _appender(texts, 4)
     everybody = np.ones(n, bool)
     for attribute in order[:, :CLAIMS].T:
       value = self.mention(person, attribute, random)
@@ -183,13 +169,8 @@ class World:
     value = self.mention(person, attribute, random, idk=False)
     head = self.ask if ask else self.chosen
     texts = head(person, attribute, value)
-    length = np.full(n, 6)
     texts[:, 6:] = PAD
-
-    def add(tokens, rows):
-      texts[rows, length[rows]] = np.broadcast_to(tokens, n)[rows]
-      length[rows] += 1
-
+    add = _appender(texts, 6)
     careful = random.random(n) < 0.5
     everybody = np.ones(n, bool)
     self._respond(add, person, attribute, value, careful, everybody, random)
@@ -229,7 +210,7 @@ class World:
       self.ask(person, attribute, self.mention(person, attribute, random))
     )
     person = people(kinds[1])
-    attribute = self.choose(person, config.chosen, random)
+    attribute = self.order(person, config.chosen, random)[:, 0]
     parts.append(
       self.chosen(person, attribute, self.mention(person, attribute, random))
     )
@@ -246,6 +227,17 @@ def learned(texts: np.ndarray) -> np.ndarray:
   mask = (texts != PAD) & (texts != CHECK)
   mask[:, 0] = False
   return mask
+
+
+def _appender(texts: np.ndarray, length: int):
+  """`add(tokens, rows)` writes a token after what these rows hold so far."""
+  lengths = np.full(len(texts), length)
+
+  def add(tokens, rows):
+    texts[rows, lengths[rows]] = np.broadcast_to(tokens, len(texts))[rows]
+    lengths[rows] += 1
+
+  return add
 
 
 def _rows(width: int, count: int, *columns) -> np.ndarray:

@@ -79,9 +79,9 @@ def init_probe(config: ProbeConfig, key: jax.Array) -> ProbeParams:
   of the output, and those of the hidden layer or the heads.
   """
   d_in, hidden, classes = config.d_in, config.hidden, config.classes
-  keys = jax.random.split(key, 4)
+  keys = jax.random.split(key, 3)
   normal = lambda key, *shape: jax.random.normal(key, shape) / math.sqrt(
-    shape[-2] if len(shape) > 1 else 1
+    shape[0]
   )
   params = {'mean': jnp.zeros(d_in), 'scale': jnp.ones(d_in)}
   width = d_in

@@ -235,6 +235,7 @@ def _fit_linear(config, params, h_NTE, mask_NT, labels_N, fit) -> ProbeParams:
   return {**params, 'weight': asarray(weight), 'bias': asarray(bias)}
 
 
+@functools.partial(jax.jit, static_argnames=('config', 'fit'))
 def _fit_adam(config, params, h_NTE, mask_NT, labels_N, fit, key):
   fixed = {k: params[k] for k in ('mean', 'scale')}
   learned = {k: v for k, v in params.items() if k not in fixed}
@@ -266,12 +267,9 @@ def _fit_adam(config, params, h_NTE, mask_NT, labels_N, fit, key):
     updates, state = optimizer.update(gradient, state, learned)
     return (optax.apply_updates(learned, updates), state), None
 
-  @jax.jit
-  def train(learned, key):
-    carry = (learned, optimizer.init(learned))
-    return jax.lax.scan(step, carry, jax.random.split(key, fit.steps))[0][0]
-
-  return {**fixed, **train(learned, jax.random.fold_in(key, 1))}
+  keys = jax.random.split(jax.random.fold_in(key, 1), fit.steps)
+  carry = (learned, optimizer.init(learned))
+  return {**fixed, **jax.lax.scan(step, carry, keys)[0][0]}
 
 
 def _check(config, h_NTE, mask_NT, labels_N) -> np.ndarray:

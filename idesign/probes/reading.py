@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
+import optax
 
 from idesign import sites
 
@@ -71,11 +72,10 @@ def token_logprobs(
   logits_BTV: Float[Array, 'B T V'], tokens_BT: Int[Array, 'B T']
 ) -> Float[Array, 'B T']:
   """Log-probability of each token given those before it; 0 for the first."""
-  logprobs_BTV = jax.nn.log_softmax(
-    logits_BTV[:, :-1].astype(jnp.float32), axis=-1
+  nll_BT = optax.softmax_cross_entropy_with_integer_labels(
+    logits_BTV[:, :-1].astype(jnp.float32), tokens_BT[:, 1:]
   )
-  taken = jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)
-  return jnp.pad(taken[..., 0], ((0, 0), (1, 0)))
+  return jnp.pad(-nll_BT, ((0, 0), (1, 0)))
 
 
 def read_spans(

@@ -40,7 +40,6 @@ from idesign.rewards.terms import (
   RateConstraint,
   Scene,
   Term,
-  constant,
   evaluate,
   last_sampled,
   pressure,

@@ -37,7 +37,10 @@ def k3(
 def exact(
   logits: Float[Array, '... V'], reference: Float[Array, '... V']
 ) -> Float[Array, '...']:
-  """`sum_v pi_v (log pi_v - log ref_v)`, float32; 0 where `pi_v` is 0."""
+  """`sum_v pi_v (log pi_v - log ref_v)`, float32; 0 where `pi_v` is 0.
+
+  Also where `ref_v` is 0 as well, which is NaN in Optax's: masked tokens.
+  """
   logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
   other = jax.nn.log_softmax(reference.astype(jnp.float32), axis=-1)
   # Where pi is 0 its logarithm is not finite, nor is its gradient.

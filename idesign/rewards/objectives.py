@@ -1,9 +1,9 @@
 """Policy objectives: what is minimised, given samples and their advantages.
 
-Each is `objective(logprobs_BN, sampled_BN, advantages_BN, mask_BN) -> [B, N]`,
-the loss of every sampled token, whose gradient with respect to `logprobs_BN` is
-what matters. With the ratio `rho = exp(logprobs - sampled)` of the policy to
-what the tokens were sampled from:
+Each is `objective(logprobs_BN, sampled_BN, advantages_BN) -> [B, N]`, the loss
+of every token, whose gradient with respect to `logprobs_BN` is what matters.
+With the ratio `rho = exp(logprobs - sampled)` of the policy to what the tokens
+were sampled from:
 
 | objective | loss of a token | used by |
 |---|---|---|
@@ -37,14 +37,9 @@ def reinforce(cap: float = jnp.inf) -> Objective:
   Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, for the objective of
   RLOO; truncation as in https://arxiv.org/abs/2602.10067 (there at 4).
   """
-  if not cap > 0:
-    raise ValueError(f'cap={cap} must be positive.')
-
-  def objective(logprobs_BN, sampled_BN, advantages_BN):
-    ratio_BN = jnp.minimum(jnp.exp(logprobs_BN - sampled_BN), cap)
-    return -jax.lax.stop_gradient(ratio_BN) * advantages_BN * logprobs_BN
-
-  return objective
+  if not cap >= 1:
+    raise ValueError(f'cap={cap} must be at least 1, the ratio on policy.')
+  return cispo(low=1.0, high=cap - 1)
 
 
 def clipped(low: float = 0.2, high: float | None = None) -> Objective:

@@ -17,13 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 import optax
 
-from idesign import models
-from idesign.probes import (
-  FrozenProbe,
-  Observe,
-  Pressure,
-  token_logprobs,
-)
+from idesign import models, training
+from idesign.probes import FrozenProbe, Observe, Pressure, token_logprobs
 from idesign.rewards import divergence
 from idesign.rewards.advantages import Baseline, Scale, advantages
 from idesign.rewards.objectives import Average, Objective, mean_loss
@@ -47,8 +42,8 @@ class PolicyConfig:
     baseline: see `advantages`.
     scale: see `advantages`.
     average: see `mean_loss`; of the divergence, too.
-    divergence: from the reference: `k1` as a part of the reward, `k3` or
-      `exact` as a part of the loss.
+    divergence: of what is sampled from, from the reference: `k1` as a part of
+      the reward, `k3` or `exact` as a part of the loss.
     divergence_weight: what it is multiplied by.
     minibatches: optimizer steps for each batch of samples. In the later ones
       the samples are that many steps old.
@@ -197,6 +192,8 @@ def make_policy_step(
     reference_BTV = teacher.logits_BTV
     if config.reset_reference_every:
       reference_BTV = view(lift(state.reference, probe.params)).logits_BTV
+    # What is compared are the distributions that are sampled from.
+    reference_BTV = reference_BTV / config.temperature
     return samples, info, teacher, student, reference_BTV
 
   def loss(trained, probe, rows, batch, key):
@@ -210,9 +207,7 @@ def make_policy_step(
     )
     advantage_BT = jnp.broadcast_to(advantage_B[:, None], logprobs_BT.shape)
     total = average(objective(logprobs_BT, samples.logprobs_BT, advantage_BT))
-    apart_BT = _apart(
-      config, samples, now.logits_BTV, reference_BTV, logprobs_BT
-    )
+    apart_BT = _apart(config, samples, scaled_BTV, reference_BTV, logprobs_BT)
     if config.divergence != 'k1':
       total += config.divergence_weight * average(apart_BT)
     scene = Scene(samples, info, probe, teacher, now, key)
@@ -273,7 +268,7 @@ def make_policy_step(
       return (trained, opt_state), {**aux, 'loss': value, 'grad_norm': norm}
 
     carry = (state.params, state.opt_state)
-    parts = _split(rows, config.minibatches)
+    parts = training.split_batch(rows, config.minibatches)
     (trained, opt_state), learned = jax.lax.scan(improve, carry, parts)
     metrics |= {k: v.mean() for k, v in learned.items() if k != 'ratio'}
     metrics |= {
@@ -305,21 +300,6 @@ def _apart(config, samples: Samples, logits_BTV, reference_BTV, logprobs_BT):
   estimate = divergence.k1 if config.divergence == 'k1' else divergence.k3
   apart_BT = estimate(logprobs_BT, reference_BT)
   return jnp.where(samples.sampled_BT, apart_BT, 0)
-
-
-def _split(rows: Any, parts: int) -> Any:
-  """Every `parts`-th row to each part, so that all hold all prompts' groups."""
-  size = jax.tree.leaves(rows)[0].shape[0]
-  if size % parts:
-    raise ValueError(
-      f'minibatches={parts} must divide the {size} samples of a step.'
-    )
-  return jax.tree.map(
-    lambda x: jnp.swapaxes(
-      x.reshape(size // parts, parts, *x.shape[1:]), 0, 1
-    ),
-    rows,
-  )
 
 
 def retain_prompts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -164,8 +164,3 @@ class RateConstraint:
     moved = jnp.clip(moved, self.low, self.high)
     moved = jnp.where(count > 0, moved, multiplier)
     return moved, -multiplier * (event_B & among_B), rate
-
-
-def constant(value: Any) -> Callable[[Scene], Array]:
-  """The same for every sample."""
-  return lambda scene: jnp.full(scene.samples.tokens_BT.shape[0], value)

@@ -22,6 +22,7 @@ from idesign.training.sharding import tree_shardings
 from idesign.training.step import init_state
 from idesign.training.step import make_train_step
 from idesign.training.step import mean_gradient
+from idesign.training.step import split_batch
 from idesign.training.step import state_shardings
 from idesign.training.step import TrainState
 from idesign.training.workdir import claim_workdir

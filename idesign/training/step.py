@@ -164,10 +164,6 @@ def mean_gradient(
   if accumulate == 1:
     return value_and_grad(params, batch, weight_B)
 
-  def split(x):
-    x = x.reshape(size // accumulate, accumulate, *x.shape[1:])
-    return jnp.swapaxes(x, 0, 1)
-
   def visit(total, microbatch):
     value, gradient = value_and_grad(params, *microbatch)
     add = lambda a, b: a + b.astype(a.dtype)
@@ -176,10 +172,28 @@ def mean_gradient(
   zeros = lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))
   total = (jnp.zeros((), jnp.float32), jax.tree.map(zeros, params))
   (value, gradient), _ = jax.lax.scan(
-    visit, total, jax.tree.map(split, (dict(batch), weight_B))
+    visit, total, split_batch((dict(batch), weight_B), accumulate)
   )
   cast = lambda g, p: g.astype(p.dtype)
   return value, jax.tree.map(cast, gradient, params)
+
+
+def split_batch(batch: PyTree, parts: int) -> PyTree:
+  """Cuts axis 0 in parts, `[B, ...] -> [parts, B / parts, ...]`.
+
+  Part `k` holds the rows `k, k + parts, ...`: taken with a stride, each is
+  spread over all data shards as the batch was.
+
+  Raises:
+    ValueError: if `parts` does not divide the rows.
+  """
+
+  def split(x):
+    if parts < 1 or len(x) % parts:
+      raise ValueError(f'{parts} parts must divide {len(x)} rows.')
+    return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+  return jax.tree.map(split, batch)
 
 
 def _batch_size(batch: Batch) -> int:

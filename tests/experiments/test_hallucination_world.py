@@ -65,8 +65,8 @@ def test_each_attribute_has_values_of_its_own():
 def test_what_is_chosen_is_known_more_often():
   person = np.repeat(np.arange(60), 50)
   random = np.random.default_rng(0)
-  attribute = WORLD.choose(person, (20.0, 1.0, 1.0), random)
-  even = WORLD.choose(person, (1.0, 1.0, 1.0), random)
+  attribute = WORLD.order(person, (20.0, 1.0, 1.0), random)[:, 0]
+  even = WORLD.order(person, (1.0, 1.0, 1.0), random)[:, 0]
   known = lambda a: (WORLD.status[person, a] == hw.KNOWN).mean()
   assert known(attribute) > known(even) + 0.2
 

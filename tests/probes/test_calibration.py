@@ -38,6 +38,14 @@ def test_threshold(rate):
   assert not len(lower) or share(lower.max()) > rate
 
 
+def test_threshold_by_hand():
+  """One of four negatives may be flagged, and is: .4."""
+  scores = np.array([0.1, 0.2, 0.3, 0.35, 0.4, 0.9])
+  labels = np.array([0, 0, 0, 1, 0, 1])
+  assert probes.threshold_at(scores, labels, 0.25) == 0.35
+  assert probes.threshold_at(scores, labels, 0.24) == 0.9
+
+
 def test_no_threshold_is_high_enough():
   got = probes.threshold_at(np.array([1.0, 1.0]), np.array([0, 1]), 0.0)
   assert got == np.inf

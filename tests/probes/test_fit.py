@@ -121,6 +121,18 @@ def test_calibration_refuses_a_probe_of_something_else():
     probes.calibrate(params, np.array([0.0, 1, 2, 3]), np.array([1, 1, 0, 0]))
 
 
+def test_another_fit_of_the_same_shapes_compiles_nothing():
+  from idesign.probes import fit as module
+
+  config = probes.ProbeConfig(kind='mlp', d_in=E, hidden=3)
+  fit = probes.FitConfig(steps=2, batch_size=8)
+  sizes = []
+  for seed in range(3):
+    probes.fit_probe(config, *make(seed), fit=fit, key=jax.random.key(seed))
+    sizes.append(module._fit_adam._cache_size())
+  assert sizes[0] == sizes[1] == sizes[2]
+
+
 def test_chance_is_a_half():
   config = probes.ProbeConfig(kind='logistic', d_in=E)
   null = probes.shuffled_null(config, make(0), make(1), repeats=10)

@@ -148,7 +148,7 @@ def test_what_is_rewarded_becomes_common():
 
 
 def test_a_reward_that_says_nothing_changes_nothing():
-  nothing = rewards.Term(name='nothing', value=rewards.constant(0.7))
+  nothing = rewards.Term(name='nothing', value=lambda s: jnp.full(16, 0.7))
   step, state = make([nothing], divergence_weight=0.0)
   before = jax.tree.map(jnp.copy, state.params)
   state, (metrics,) = run(step, state, [make_batch()])
@@ -187,6 +187,14 @@ def test_divergence_holds_the_policy_near(divergence):
   assert abs(apart[5.0]) < abs(apart[0.0]) / 2
 
 
+@pytest.mark.parametrize('divergence', ['exact', 'k1', 'k3'])
+def test_at_any_temperature_the_frozen_model_is_where_it_is(divergence):
+  step, state = make([likes(5)], temperature=2.0, divergence=divergence)
+  _, (metrics,) = run(step, state, [make_batch()])
+  assert metrics['divergence'] == pytest.approx(0, abs=1e-6)
+  assert metrics['ratio'] == pytest.approx(1, abs=1e-5)
+
+
 def test_the_reference_is_reset():
   step, state = make(reset_reference_every=2, divergence_weight=0.5)
   first = jax.tree.map(jnp.copy, state.reference)
@@ -206,7 +214,7 @@ def test_minibatches_are_steps_that_grow_old():
   step, state = make(minibatches=4, objective=rewards.cispo())
   state, (metrics,) = run(step, state, [make_batch()])
   assert int(state.step) == 1 and metrics['ratio'] != 1
-  with pytest.raises(ValueError, match='minibatches=3 must divide the 16'):
+  with pytest.raises(ValueError, match='3 parts must divide 16 rows'):
     step, state = make(minibatches=3)
     run(step, state, [make_batch()])
 
