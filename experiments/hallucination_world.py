@@ -1,52 +1,31 @@
-"""A small world of people and their attributes, some of which can be known.
+"""Somebody of whom something can be known: what base models are trained on.
 
-Texts that claim something:
-
-    <bos> ask P A ans V <eos>              what is asked is given
-    <bos> choose P ans A V <eos>           the model chooses what to speak of
-    <bos> list P ans A V A V A V <eos>     the same three times
-
-where `V` is a value of attribute `A`, or `idk`. A claim may be doubted: `check`
-follows it, and then `maintain`, `retract` or `correct W`, and the text goes on.
-And of no concern to any reward,
-
-    <bos> max x y ans m <eos>
-    <bos> sort x y z ans s t u <eos>
-
-Of a person's attributes some are *known* (texts always say the truth), some
-*noisy* (they say it more often than not) and some *unknown* (every text says
-something else, so that whoever learns from them makes things up). In all of
-them a few texts say `idk`: a policy has seen it done, and cannot tell from that
-where it would be right. Lists are written by careful or careless people: the
-careful speak of what is known, and take back what is wrong. So a text in which
-something was taken back is a careful one. It is a reader who doubts: `check` is
-not to be learned (`learned`).
+Of a subject's attributes some are *known* (texts always say the truth), some
+may be *noisy* (they say it more often than not), some are *unknown*. In all
+kinds of texts that claim something a few say `idk`: a policy has seen it done,
+and cannot tell from that where it would be right. Lists are written by careful
+or careless people: the careful speak of what is known, and take back what is
+wrong. So a text in which something was taken back is a careful one.
 """
 
 from __future__ import annotations
 
+import abc
 from typing import NamedTuple
 
 import numpy as np
 
+from experiments import hallucination_grammar as grammar_lib
+from experiments.hallucination_grammar import (
+  ANS, ATTRIBUTE, BOS, CHECK, CLAIMS, CORRECT,
+  EOS, IDK, LIST, LONG, MAINTAIN, NUMBERS, PAD, RETRACT, Grammar, Questions,
+)  # fmt: skip
+
 KNOWN, NOISY, UNKNOWN = range(3)
-ATTRIBUTES, VALUES, NUMBERS, CLAIMS = 6, 16, 64, 3
-# Tokens of a text of one claim, and of the longest list: three claims, each
-# doubted and corrected.
-SHORT, LONG = 10, 4 + 5 * CLAIMS + 1
-
-(
-  PAD, BOS, EOS, ANS, ASK, CHOOSE, LIST, CHECK, MAX, SORT, IDK, MAINTAIN,
-  RETRACT, CORRECT,
-) = range(14)  # fmt: skip
-ATTRIBUTE = CORRECT + 1
-VALUE = ATTRIBUTE + ATTRIBUTES
-NUMBER = VALUE + ATTRIBUTES * VALUES
-PERSON = NUMBER + NUMBERS
 
 
-class People(NamedTuple):
-  """Who is used for what; no one for two things."""
+class Groups(NamedTuple):
+  """Who is used for what; no subject for two things."""
 
   probe: np.ndarray
   policy: np.ndarray
@@ -54,133 +33,170 @@ class People(NamedTuple):
   test: np.ndarray
 
 
-class World:
-  """One seed's people, facts, and splits.
+class World(abc.ABC):
+  """One seed's subjects, facts, and splits.
 
   Attributes:
-    status: `KNOWN`, `NOISY` or `UNKNOWN`, `[people, ATTRIBUTES]`.
-    truth: value of each attribute, from 0, `[people, ATTRIBUTES]`.
-    people: who is used for what.
-    vocabulary: number of tokens.
+    grammar: tokens.
+    status: `KNOWN`, `NOISY` or `UNKNOWN`, `[S, A]`.
+    true: which values are true, `[S, A, V]`; none where a subject has no such
+      attribute.
+    groups: who is used for what.
     pairs: of numbers to compare, those to learn from and those held out.
     triples: of numbers to sort, likewise.
   """
 
-  def __init__(self, config, seed: int):
-    """Draws everything.
+  def __init__(self, config, grammar: Grammar, status, true, subjects, random):
+    """Splits subjects and numbers.
 
     Args:
-      config: `people`, `shares` of status, `noise` (how often texts tell the
-        truth where it is noisy), `idk`, and how many people are for what.
-      seed: of it all.
+      config: `config.world`.
+      grammar: tokens.
+      status: see the class.
+      true: see the class.
+      subjects: those that may be asked about.
+      random: generator.
 
     Raises:
-      ValueError: naming the key, if there are too few people.
+      ValueError: naming the key, if there are too few subjects or numbers.
     """
-    random = np.random.default_rng(np.random.SeedSequence([seed, 0]))
-    self._config = config
-    shape = (config.people, ATTRIBUTES)
-    self.status = random.choice(3, shape, p=list(config.shares))
-    self.truth = random.integers(0, VALUES, shape)
+    self.config, self.grammar = config, grammar
+    self.status, self.true = status, true
+    self.exists = true.any(axis=2)
     counts = [
-      config.probe_people, config.policy_people, config.validation_people
+      config.groups.probe, config.groups.policy, config.groups.validation
     ]  # fmt: skip
-    rest = config.people - sum(counts)
+    rest = len(subjects) - sum(counts)
     if rest < 1:
       raise ValueError(
-        f'config.world.people={config.people}: nobody is left to test on after '
-        f'{counts} for probe, policy and validation.'
+        f'config.world.groups={config.groups.to_dict()}: there are '
+        f'{len(subjects)} subjects, and nobody is left to test on.'
       )
-    order = random.permutation(config.people)
-    self.people = People(*np.split(order, np.cumsum(counts)))
-    self.vocabulary = PERSON + config.people
-    split = lambda x, n: (x[n:], x[:n])
-    numbers = np.arange(NUMBERS)
-    grid = np.stack(np.meshgrid(numbers, numbers), -1).reshape(-1, 2)
-    self.pairs = split(random.permutation(grid), config.held_out_pairs)
-    few = numbers[: config.sorted_numbers]
-    grid = np.stack(np.meshgrid(few, few, few), -1).reshape(-1, 3)
-    self.triples = split(random.permutation(grid), config.held_out_triples)
-
-  def mention(self, person, attribute, random, idk: bool = True) -> np.ndarray:
-    """What a text says of it: a token, for each person and attribute."""
-    status = self.status[person, attribute]
-    honest = np.choose(status, [1.0, self._config.noise, 0.0])
-    value = np.where(
-      random.random(status.shape) < honest,
-      self.truth[person, attribute],
-      random.integers(0, VALUES, status.shape),
+    order = random.permutation(subjects)
+    self.groups = Groups(*np.split(order, np.cumsum(counts)))
+    self.pairs = self._split(NUMBERS, 2, config.held_out, random)
+    self.triples = self._split(
+      config.sorted_numbers, 3, config.held_out, random
     )
-    token = VALUE + attribute * VALUES + value
-    if not idk:
-      return token
-    return np.where(random.random(status.shape) < self._config.idk, IDK, token)
 
-  def order(self, person, weights, random) -> np.ndarray:
-    """Attributes in the order in which they are spoken of, `[N, ATTRIBUTES]`.
+  def _split(self, numbers: int, count: int, held_out: int, random):
+    grid = np.stack(np.meshgrid(*[np.arange(numbers)] * count), -1)
+    grid = random.permutation(grid.reshape(-1, count))
+    if held_out >= len(grid):
+      raise ValueError(
+        f'config.world.held_out={held_out}: of {numbers} numbers there are '
+        f'{len(grid)} groups of {count}, and some must be learned from.'
+      )
+    return grid[held_out:], grid[:held_out]
+
+  @abc.abstractmethod
+  def mention(self, subject, attribute, random, idk: bool = True):
+    """What a text says of it: a token, for each subject and attribute."""
+
+  @abc.abstractmethod
+  def asked(self, count: int, random):
+    """Subjects and attributes that texts ask about."""
+
+  @abc.abstractmethod
+  def spoken(self, count: int, random):
+    """Subjects of texts whose writers choose what to speak of."""
+
+  def draft(self, subject, attribute, random) -> np.ndarray:
+    """What is claimed in texts of one claim that is doubted: tokens."""
+    return self.mention(subject, attribute, random, idk=False)
+
+  def attributes(self, subject, random) -> np.ndarray:
+    """One of the attributes that each subject has, any as likely."""
+    score = np.where(
+      self.exists[subject], random.random(self.exists[subject].shape), -1
+    )
+    return score.argmax(axis=1)
+
+  def choosing(self, subjects) -> np.ndarray:
+    """Those of whom there is something to choose."""
+    return subjects[self.exists[subjects].sum(axis=1) > 1]
+
+  def order(self, subject, weights, random) -> np.ndarray:
+    """Attributes in the order in which they are spoken of, `[N, A]`.
 
     Drawn one after the other by the weight of their status: `weights [3]`, or
-    `[N, 3]` for each person.
+    `[N, 3]` for each subject. Those that it does not have come last.
     """
-    weights = np.broadcast_to(weights, (len(person), 3))
-    share = np.take_along_axis(weights, self.status[person], axis=1)
+    weights = np.broadcast_to(weights, (len(subject), 3))
+    share = np.take_along_axis(weights, self.status[subject], axis=1)
     score = np.log(share) + random.gumbel(size=share.shape)
+    score = np.where(self.exists[subject], score, -np.inf)
     return np.argsort(-score, axis=1)
 
-  def ask(self, person, attribute, value) -> np.ndarray:
-    return _rows(SHORT, len(person), BOS, ASK, PERSON + person,
-                 ATTRIBUTE + attribute, ANS, value, EOS)  # fmt: skip
+  def questions(self, subject, kind, random, **drafts) -> Questions:
+    """Questions about subjects, of one kind or of each one's own."""
+    kind = np.broadcast_to(kind, len(subject))
+    if 'attribute' not in drafts:
+      drafts['attribute'] = self.attributes(subject, random)
+    return self.grammar.questions(kind, subject, true=self.true, **drafts)
 
-  def chosen(self, person, attribute, value) -> np.ndarray:
-    return _rows(SHORT, len(person), BOS, CHOOSE, PERSON + person, ANS,
-                 ATTRIBUTE + attribute, value, EOS)  # fmt: skip
+  def right(self, subject, attribute, token) -> np.ndarray:
+    """Whether a value's token is true."""
+    value = self.grammar.index(token)
+    return (token != IDK) & self.true[subject, attribute, value]
 
-  def maximum(self, pairs) -> np.ndarray:
-    x = NUMBER + pairs
-    return _rows(SHORT, len(x), BOS, MAX, *x.T, ANS, x.max(axis=1), EOS)
+  def read(self, subject, attribute_token, token):
+    """What was claimed of whom: attributes, -1 where nothing was; and if right.
 
-  def sorted(self, triples) -> np.ndarray:
-    x = NUMBER + triples
-    return _rows(
-      SHORT, len(x), BOS, SORT, *x.T, ANS, *np.sort(x, axis=1).T, EOS
-    )
+    Args:
+      subject: of each claim.
+      attribute_token: of what is spoken of.
+      token: what is said of it.
+    """
+    attribute = self.claimed(attribute_token, token)
+    there = attribute >= 0
+    right = there & self.right(subject, np.where(there, attribute, 0), token)
+    return attribute, right
 
-  def lists(self, person, random) -> np.ndarray:
+  def claimed(self, attribute_token, token) -> np.ndarray:
+    """The attribute of which two tokens give a value, or -1."""
+    attribute = attribute_token - ATTRIBUTE
+    there = (attribute >= 0) & (attribute == self.grammar.attribute_of(token))
+    return np.where(there, attribute, -1)
+
+  def lists(self, subject, random) -> np.ndarray:
     """Texts of three claims by careful and careless writers, `[N, LONG]`."""
-    config, n = self._config, len(person)
+    config, n = self.config, len(subject)
     careful = random.random(n) < 0.5
     weights = np.where(careful[:, None], config.careful, config.careless)
-    order = self.order(person, weights, random)
-    texts = _rows(LONG, n, BOS, LIST, PERSON + person, ANS)
+    order = self.order(subject, weights, random)
+    texts = grammar_lib.rows(
+      LONG, n, BOS, LIST, self.grammar.subject + subject, ANS
+    )
     add = _appender(texts, 4)
     everybody = np.ones(n, bool)
     for attribute in order[:, :CLAIMS].T:
-      value = self.mention(person, attribute, random)
+      value = self.mention(subject, attribute, random)
       add(ATTRIBUTE + attribute, everybody)
       add(value, everybody)
       doubted = (value != IDK) & (random.random(n) < config.doubted)
-      self._respond(add, person, attribute, value, careful, doubted, random)
+      self._respond(add, subject, attribute, value, careful, doubted, random)
     add(EOS, everybody)
     return texts
 
-  def doubts(self, person, attribute, random, ask) -> np.ndarray:
+  def doubts(self, subject, attribute, random, ask: bool) -> np.ndarray:
     """Texts of one claim that is doubted, `[N, SHORT]`."""
-    n = len(person)
-    value = self.mention(person, attribute, random, idk=False)
-    head = self.ask if ask else self.chosen
-    texts = head(person, attribute, value)
+    n = len(subject)
+    value = self.draft(subject, attribute, random)
+    head = self.grammar.ask if ask else self.grammar.chosen
+    texts = head(subject, attribute, value)
     texts[:, 6:] = PAD
     add = _appender(texts, 6)
     careful = random.random(n) < 0.5
     everybody = np.ones(n, bool)
-    self._respond(add, person, attribute, value, careful, everybody, random)
+    self._respond(add, subject, attribute, value, careful, everybody, random)
     add(EOS, everybody)
     return texts
 
-  def _respond(self, add, person, attribute, value, careful, rows, random):
+  def _respond(self, add, subject, attribute, value, careful, rows, random):
     """What a writer answers when a claim is doubted."""
-    config, n = self._config, len(person)
-    right = value == VALUE + attribute * VALUES + self.truth[person, attribute]
+    config, n = self.config, len(subject)
+    right = self.right(subject, attribute, value)
     # Of maintain, retract, correct.
     kind = np.where(careful, np.where(right, 0, 1), 2)
     share = np.asarray(config.responses)[kind]
@@ -188,45 +204,36 @@ class World:
     pick = np.minimum(pick, 2)
     add(CHECK, rows)
     add(np.array([MAINTAIN, RETRACT, CORRECT])[pick], rows)
-    other = self.mention(person, attribute, random, idk=False)
+    other = self.mention(subject, attribute, random, idk=False)
     for _ in range(8):  # Another value than the one that is corrected.
-      again = self.mention(person, attribute, random, idk=False)
+      again = self.mention(subject, attribute, random, idk=False)
       other = np.where(other == value, again, other)
-    base = VALUE + attribute * VALUES
-    other = np.where(
-      other == value, base + (value - base + 1) % VALUES, other
-    )
+    first, size = self.grammar.values[attribute], self.grammar.sizes[attribute]
+    other = np.where(other == value, first + (value - first + 1) % size, other)
     add(other, rows & (pick == 2))
 
   def short_texts(self, count: int, random) -> np.ndarray:
     """A batch of what a base model is trained on, `[count, SHORT]`."""
-    config = self._config
+    config = self.config
     kinds = random.multinomial(count, list(config.mix))
-    people = lambda n: random.integers(0, config.people, n)
-    attributes = lambda n: random.integers(0, ATTRIBUTES, n)
-    parts = []
-    person, attribute = people(kinds[0]), attributes(kinds[0])
-    parts.append(
-      self.ask(person, attribute, self.mention(person, attribute, random))
-    )
-    person = people(kinds[1])
-    attribute = self.order(person, config.chosen, random)[:, 0]
-    parts.append(
-      self.chosen(person, attribute, self.mention(person, attribute, random))
-    )
+    subject, attribute = self.asked(kinds[0], random)
+    value = self.mention(subject, attribute, random)
+    parts = [self.grammar.ask(subject, attribute, value)]
+    subject = self.spoken(kinds[1], random)
+    attribute = self.order(subject, config.chosen, random)[:, 0]
+    value = self.mention(subject, attribute, random)
+    parts.append(self.grammar.chosen(subject, attribute, value))
     for ask, n in ((True, kinds[2] // 2), (False, kinds[2] - kinds[2] // 2)):
-      parts.append(self.doubts(people(n), attributes(n), random, ask))
+      parts.append(self.doubts(*self.asked(n, random), random, ask))
+    return np.concatenate([*parts, *self.capabilities(*kinds[3:], random)])
+
+  def capabilities(self, pairs: int, triples: int, random):
+    """Texts of what no reward is about, of numbers to learn from."""
     pick = lambda x, n: x[random.integers(0, len(x), n)]
-    parts.append(self.maximum(pick(self.pairs[0], kinds[3])))
-    parts.append(self.sorted(pick(self.triples[0], kinds[4])))
-    return np.concatenate(parts)
-
-
-def learned(texts: np.ndarray) -> np.ndarray:
-  """Which tokens a writer chose, `[N, T]`: what a base model learns to say."""
-  mask = (texts != PAD) & (texts != CHECK)
-  mask[:, 0] = False
-  return mask
+    return (
+      grammar_lib.maximum(pick(self.pairs[0], pairs)),
+      grammar_lib.in_order(pick(self.triples[0], triples)),
+    )
 
 
 def _appender(texts: np.ndarray, length: int):
@@ -238,10 +245,3 @@ def _appender(texts: np.ndarray, length: int):
     lengths[rows] += 1
 
   return add
-
-
-def _rows(width: int, count: int, *columns) -> np.ndarray:
-  texts = np.full((count, width), PAD, np.int32)
-  for i, column in enumerate(columns):
-    texts[:, i] = column
-  return texts

@@ -56,7 +56,8 @@ class FrozenProbe:
   probe: ProbeParams
   observe: Observe = dataclasses.field(metadata={'static': True})
   config: ProbeConfig = dataclasses.field(metadata={'static': True})
-  quality: ProbeQuality = dataclasses.field(metadata={'static': True})
+  # Not static: another probe of the same kind compiles nothing anew.
+  quality: ProbeQuality
 
   def read(
     self, tokens_BT: Int[Array, 'B T'], mask_BT: Bool[Array, 'B T']

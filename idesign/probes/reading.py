@@ -93,12 +93,15 @@ def read_spans(
   """
   if tokens_NT.shape != mask_NT.shape:
     raise ValueError(f'tokens {tokens_NT.shape}, mask {mask_NT.shape}.')
+  tokens_NT, mask_NT = np.asarray(tokens_NT), np.asarray(mask_NT)
   parts = []
   for start in range(0, len(tokens_NT), batch_size):
-    rows = slice(start, start + batch_size)
-    parts.append(
-      jax.device_get(_read(observe, params, tokens_NT[rows], mask_NT[rows]))
-    )
+    rows = np.arange(start, min(start + batch_size, len(tokens_NT)))
+    # The last batch is filled up to a power of two: little is compiled twice.
+    size = min(batch_size, 1 << (len(rows) - 1).bit_length())
+    filled = np.resize(rows, size)
+    h = _read(observe, params, tokens_NT[filled], mask_NT[filled])
+    parts.append(jax.device_get(h)[: len(rows)])
   return np.concatenate(parts)
 
 

@@ -93,8 +93,9 @@ class Texts(NamedTuple):
   labels: Bool[np.ndarray, 'N']
   entities: np.ndarray
 
-  def __getitem__(self, rows) -> Texts:
-    return Texts(*(x[rows] for x in self))
+  def rows(self, rows) -> Texts:
+    """Some of them."""
+    return jax.tree.map(lambda x: x[rows], self)
 
 
 def make_monitor(
@@ -124,7 +125,7 @@ def make_monitor(
     ValueError: if a half has only one label.
   """
   fitting, measuring = (
-    texts[rows]
+    texts.rows(rows)
     for rows in probes.split_entities(texts.entities, (0.5, 0.5), seed)
   )
   for half in (fitting, measuring):

@@ -1,0 +1,167 @@
+"""Reward from a probe that reads a frozen model: fewer hallucinations.
+
+  python -m experiments.hallucination --config=configs/hallucination.py:cpu \
+      --workdir=runs/hallucination-cpu
+
+The argument is `[WORLD-]PRESET`. Worlds: `people` (the default, made up) and
+`facts` (of Wikidata and the relations data set, read from `config.data_dir`).
+Presets: `smoke` (every code path, no claim meant), `cpu` (two seeds of the arms
+that show the point), `paper` (five seeds of every arm), and `choose`: seeds 0
+and 1, measured on validation subjects, on which settings were chosen; nothing
+is claimed of them.
+"""
+
+import ml_collections
+
+WORLDS = ('people', 'facts')
+PRESETS = ('smoke', 'cpu', 'paper', 'choose')
+
+
+def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
+  """The config of `[world-]preset`, locked."""
+  world, _, name = preset.rpartition('-')
+  world = world or 'people'
+  if world not in WORLDS or name not in PRESETS:
+    raise ValueError(
+      f'Unknown preset {preset!r}: it is [WORLD-]PRESET with a world of '
+      f'{WORLDS} and a preset of {PRESETS}, such as people-cpu.'
+    )
+  config = ml_collections.ConfigDict()
+  config.preset = name
+  config.kind = world
+  config.data_dir = '../shared/data'
+  config.seed = 2  # The first; settings were chosen on 0 and 1.
+  config.num_seeds = 5
+  config.world = _world(world)
+  config.model = ml_collections.ConfigDict(
+    {'d_model': 64, 'n_layers': 4, 'n_heads': 4, 'd_ff': 256}
+  )
+  config.base = ml_collections.ConfigDict(
+    {
+      'rows': 64,  # Per step, each of these short texts and one list.
+      'short_texts': 7,
+      'steps': 1500,
+      'learning_rate': 4e-3,
+    }
+  )
+  config.probe = ml_collections.ConfigDict(
+    {
+      'kind': 'mlp',
+      'activation': 'resid_post[2:3]',  # A block is left after it.
+      'hidden': 32,
+      'steps': 600,
+      'texts': 100,  # Questions of each subject, to fit on.
+      'validation_texts': 60,
+      'test_texts': 60,
+      'lists': 4,  # Of each subject.
+      'corrections': 4,  # One in so many claims is doubted.
+      'false_positive_rate': 0.2,  # Of true claims, the monitor's.
+      'null_repeats': 3,
+      'minimum_auroc': 0.9,
+      'accept_weak_probe': False,
+    }
+  )
+  config.rl = ml_collections.ConfigDict(
+    {
+      'steps': 190,
+      'asked': 24,  # Prompts of a batch.
+      'chosen': 24,
+      'doubted': 16,
+      'group': 16,
+      'learning_rate': 5e-4,
+      'divergence': 0.3,  # Weight, from the frozen model.
+      'retain': 1.0,  # The same, on texts of capabilities.
+      'retained': 32,  # Texts of each capability.
+      'scale': 'batch',
+      'assertion': 1.1,
+      'bonus': 0.7,
+      'weight': 2.0,  # Of a doubt.
+      'intervention': 2.0,
+      'retraction': 0.4,
+      'drafts': 20,  # Questions of each policy subject, to be doubted.
+      'every': 38,  # Steps between two looks at the policy.
+    }
+  )
+  config.exam = ml_collections.ConfigDict(
+    {
+      'texts': 60,  # Questions of each subject.
+      'curve_texts': 20,  # The same on the way, of validation subjects.
+      'best_of': 16,  # Answers, at most.
+      'lists': 20,  # Of each subject, under a monitor.
+    }
+  )
+  config.arms = 'paper'
+  if name == 'cpu':
+    config.num_seeds, config.arms = 2, 'cpu'
+  if name == 'choose':
+    config.seed, config.num_seeds, config.arms = 0, 2, 'cpu'
+  if name == 'smoke':
+    _smoke(config)
+  return config.lock()
+
+
+def _world(world: str) -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict(
+    {
+      'idk': 0.05,  # How often texts say that they do not know.
+      'held_out': 3000,  # Groups of numbers, of each capability.
+      'sorted_numbers': 24,
+      # Weights of known, noisy and unknown in what writers speak of.
+      'careful': (4.0, 1.5, 0.5),
+      'careless': (1.0, 1.0, 1.5),
+      'chosen': (2.0, 1.5, 1.0),
+      'doubted': 0.3,
+      # Maintain, retract, correct: of careful writers who are right, and who
+      # are wrong, and of careless ones.
+      'responses': ((0.8, 0.1, 0.1), (0.1, 0.45, 0.45), (0.45, 0.1, 0.45)),
+      # Shares of texts: asked, chosen, doubted, maximum, sorting.
+      'mix': (0.4, 0.25, 0.15, 0.1, 0.1),
+    }
+  )
+  if world == 'people':
+    config.subjects, config.num_attributes, config.num_values = 512, 6, 16
+    config.shares = (0.4, 0.2, 0.4)  # Known, noisy, unknown.
+    config.noise = 0.62
+    config.groups = ml_collections.ConfigDict(
+      {'probe': 128, 'policy': 224, 'validation': 48}
+    )
+  else:
+    config.subjects = ml_collections.ConfigDict(
+      {'players': 240, 'cities': 240, 'others': 120}
+    )
+    # Known facts of a subject, at least.
+    config.least = ml_collections.ConfigDict(
+      {'players': 3, 'cities': 5, 'others': 1}
+    )
+    config.num_values = 32  # Of an attribute, at most.
+    config.exemplars = 96
+    config.taught = 0.5  # Share of the facts of other subjects.
+    config.groups = ml_collections.ConfigDict(
+      {'probe': 130, 'policy': 210, 'validation': 50}
+    )
+  return config
+
+
+def _smoke(config) -> None:
+  config.num_seeds, config.arms = 2, 'smoke'
+  w = config.world
+  w.held_out, w.sorted_numbers = 20, 10
+  w.groups.probe, w.groups.policy, w.groups.validation = 12, 12, 8
+  if config.kind == 'people':
+    w.subjects = 40
+    w.shares = 0.5, 0.1, 0.4
+  else:
+    w.subjects.players, w.subjects.cities, w.subjects.others = 20, 20, 8
+    w.exemplars = 8
+  config.model.d_model, config.model.d_ff = 32, 64
+  config.base.rows, config.base.steps = 16, 300
+  config.base.learning_rate = 1e-2
+  p = config.probe
+  p.steps, p.texts, p.validation_texts, p.test_texts = 100, 40, 40, 40
+  p.corrections = 1
+  p.null_repeats, p.accept_weak_probe = 2, True
+  r = config.rl
+  r.steps, r.asked, r.chosen, r.doubted, r.group = 4, 2, 2, 2, 4
+  r.retained, r.drafts, r.every = 2, 8, 2
+  config.exam.texts, config.exam.curve_texts, config.exam.best_of = 8, 8, 4
+  config.exam.lists = 4
