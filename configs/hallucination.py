@@ -48,6 +48,8 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
     {
       'kind': 'mlp',
       'activation': 'resid_post[2:3]',  # A block is left after it.
+      'confidence': False,  # Whether it reads log-probabilities as well.
+      'pool': 'mean',  # Over the claim's two tokens.
       'hidden': 32,
       'steps': 600,
       'texts': 100,  # Questions of each subject, to fit on.
@@ -63,7 +65,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   )
   config.rl = ml_collections.ConfigDict(
     {
-      'steps': 190,
+      'steps': 220,
       'asked': 24,  # Prompts of a batch.
       'chosen': 24,
       'doubted': 16,
@@ -77,9 +79,9 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
       'bonus': 0.7,
       'weight': 2.0,  # Of a doubt.
       'intervention': 2.0,
-      'retraction': 0.4,
+      'retraction': 0.3,
       'drafts': 20,  # Questions of each policy subject, to be doubted.
-      'every': 38,  # Steps between two looks at the policy.
+      'every': 55,  # Steps between two looks at the policy.
     }
   )
   config.exam = ml_collections.ConfigDict(
@@ -90,7 +92,12 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
       'lists': 20,  # Of each subject, under a monitor.
     }
   )
-  config.arms = 'paper'
+  config.arms = 'paper' if world == 'people' else 'cpu'
+  if world == 'facts':
+    # What was never mentioned is not marked as unknown by training, as what is
+    # said differently every time is: from activations alone a probe learns its
+    # subjects by heart.
+    config.probe.confidence, config.probe.pool = True, 'last'
   if name == 'cpu':
     config.num_seeds, config.arms = 2, 'cpu'
   if name == 'choose':

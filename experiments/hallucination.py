@@ -164,7 +164,9 @@ def run(config, folder: pathlib.Path) -> None:
   data = [a for w in worlds for a in (w.true, w.status, *w.groups)]
   workdir = contract.Workdir(folder, config, contract.fingerprint(*data))
   model = make_model(config, worlds[0].grammar.vocabulary)
-  observe = probes.observer(model.apply, [config.probe.activation])
+  observe = probes.observer(
+    model.apply, [config.probe.activation], confidence=config.probe.confidence
+  )
   trainer = Trainer(config, model, worlds[0].grammar, observe)
   for seed, world in zip(seeds, worlds):
     params = train_base(config, model, world, seed, workdir)

@@ -66,7 +66,7 @@ SWEEP = {
   f'live, rate {rate:g}, divergence {weight:g}': Arm(
     'live', settings=(('learning_rate', rate), ('divergence', weight))
   )
-  for rate, weight in ((1e-4, 0.3), (2.5e-4, 0.3), (5e-4, 0.1), (5e-4, 1.0))
+  for rate, weight in ((1e-4, 0.3), (5e-4, 0.1), (5e-4, 1.0))
 }
 ARMS = {**MAIN, **INTERVENTIONS, **ABLATIONS, **SWEEP}
 

@@ -18,7 +18,7 @@ from experiments.hallucination_base import say
 from experiments.hallucination_grammar import (
   ANS, BOS, CHECK, CLAIMS, CORRECT, EOS, LIST, LONG, MAINTAIN, PAD, RETRACT,
 )  # fmt: skip
-from experiments.hallucination_probe import Monitor
+from experiments.hallucination_probe import Monitor, width
 from experiments.hallucination_world import World
 from idesign import probes, rewards
 from idesign.probes.spans import BEGINS, CONTINUES, OUTSIDE
@@ -58,9 +58,7 @@ def fit_localiser(
   texts = world.lists(subject, random)
   h = probes.read_spans(observe, params, texts, texts != PAD)
   real = texts != PAD
-  kind = probes.ProbeConfig(
-    kind='logistic', d_in=config.model.d_model, classes=3
-  )
+  kind = probes.ProbeConfig(kind='logistic', d_in=width(config), classes=3)
   fitted = probes.fit_probe(
     kind, h[real][:, None], np.ones((real.sum(), 1), bool),
     true_tags(world, texts)[real], fit=probes.FitConfig(l2=1e-4),

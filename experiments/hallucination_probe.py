@@ -133,6 +133,11 @@ def together(*parts: Texts) -> Texts:
   return Texts(*map(np.concatenate, zip(*wide)))
 
 
+def width(config) -> int:
+  """Numbers of each token that probes read."""
+  return config.model.d_model + 2 * config.probe.confidence
+
+
 class Monitor(NamedTuple):
   """A probe for use.
 
@@ -181,7 +186,7 @@ def make_monitor(
   test = sample(world.groups.test, c.test_texts, 2)
   read = lambda t: probes.read_spans(observe, params, t.tokens, t.mask)
   kind = probes.ProbeConfig(
-    kind=c.kind, d_in=config.model.d_model, hidden=c.hidden
+    kind=c.kind, d_in=width(config), pool=c.pool, hidden=c.hidden
   )
   fit = probes.FitConfig(steps=c.steps)
   key = jax.random.key(seed)
@@ -220,7 +225,7 @@ def make_monitor(
 
 def _random(config, probe, h, texts: Texts, like, seed: int):
   """Along a random direction, with logits of the mean and spread of `like`."""
-  kind = probes.ProbeConfig(kind='logistic', d_in=config.model.d_model)
+  kind = probes.ProbeConfig(kind='logistic', d_in=width(config))
   params = probes.init_probe(kind, jax.random.key(seed))
   tokens = h[texts.spans]
   params |= {'mean': tokens.mean(axis=0), 'scale': tokens.std(axis=0)}

@@ -20,7 +20,8 @@ class Observation(NamedTuple):
 
   Attributes:
     logits_BTV: at each token, of the next one.
-    h_BTE: activations, those of several names side by side.
+    h_BTE: what probes read: activations, those of several names side by side,
+      and confidence if it was asked for.
   """
 
   logits_BTV: Float[Array, 'B T V']
@@ -30,7 +31,9 @@ class Observation(NamedTuple):
 Observe = Callable[[Any, Array, Array], Observation]
 
 
-def observer(apply: Callable[..., Any], names: Sequence[str]) -> Observe:
+def observer(
+  apply: Callable[..., Any], names: Sequence[str], *, confidence: bool = False
+) -> Observe:
   """The function `observe(params, tokens_BT, mask_BT) -> Observation`.
 
   One pass gives both, so that a probe beside a divergence costs no pass of its
@@ -40,6 +43,10 @@ def observer(apply: Callable[..., Any], names: Sequence[str]) -> Observe:
     apply: `apply(params, tokens, mask_BT=) -> logits`.
     names: activations, such as `resid_post[2:3]`; of names that stand for
       several layers each is read.
+    confidence: whether two more numbers of each token are read: its
+      log-probability given those before, and the entropy of what it is drawn
+      from, in nats; 0 for the first token. What a model guesses it is less sure
+      of, which activations need not show to a small probe.
 
   Raises (when called or traced):
     SelectionError: if no activation is named so.
@@ -63,9 +70,18 @@ def observer(apply: Callable[..., Any], names: Sequence[str]) -> Observe:
           '[batch, time, width] is needed.'
         )
       parts += [h] if h.ndim == 3 else list(h)
+    if confidence:
+      parts.append(_confidence(logits_BTV, tokens_BT))
     return Observation(logits_BTV, jnp.concatenate(parts, axis=-1))
 
   return observe
+
+
+def _confidence(logits_BTV, tokens_BT) -> Float[Array, 'B T 2']:
+  logprobs_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
+  entropy_BT = -jnp.sum(jnp.exp(logprobs_BTV) * logprobs_BTV, axis=-1)
+  entropy_BT = jnp.pad(entropy_BT[:, :-1], ((0, 0), (1, 0)))
+  return jnp.stack([token_logprobs(logits_BTV, tokens_BT), entropy_BT], axis=-1)
 
 
 def token_logprobs(

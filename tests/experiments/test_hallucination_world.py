@@ -111,7 +111,8 @@ def test_doubted_claims_are_answered(ask):
   rows = action == hg.CORRECT
   new = texts[rows, 8]
   assert (new != value[rows]).all()
-  np.testing.assert_array_equal(WORLD.grammar.attribute_of(new), attribute[rows])
+  of = WORLD.grammar.attribute_of(new)
+  np.testing.assert_array_equal(of, attribute[rows])
 
 
 def test_lists():
@@ -392,7 +393,8 @@ def test_frequent_values_are_left():
 
 
 def test_data_that_is_not_there(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r'player\.json.*config\.data_dir'):
+  missing = r'player\.json.*config\.data_dir'
+  with pytest.raises(FileNotFoundError, match=missing):
     facts(tmp_path)
 
 

@@ -1,0 +1,383 @@
+"""What reinforcement learning costs, beside transformers and TRL.
+
+  python -m experiments.benchmarks.policy [--prompts=8] [--repeats=7] \
+      [--out=results/benchmarks/policy.json]
+
+A Llama of the shape of stories260K (64 wide, 5 layers, 512 tokens) with random
+weights, `prompts` prompts of 32 tokens, groups of 8, 64 new tokens each; no
+stop token, so that everybody samples as many. All run in one process, in turn:
+
+  sampling        `rewards.sample_groups` and `generate` of transformers
+  step            `rewards.make_policy_step` with a divergence from the frozen
+                  model, and `GRPOTrainer` of TRL with the same; the reward
+                  counts a token
+  probe           the frozen model's pass with a probe read from it, over the
+                  pass alone, which a divergence needs anyway
+  memory          temporaries of the compiled step by size of group, and arrays
+                  alive after few and many steps
+
+transformers comes with the `test` extra. TRL does not: `scripts/peers trl`
+runs this in an environment that has it, and without it that row is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import importlib.util
+import json
+import os
+import pathlib
+import statistics as stats
+import tempfile
+import time
+from typing import Any
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.contract import write_text
+from idesign import models
+from idesign import probes
+from idesign import rewards
+
+_PROMPTS = flags.DEFINE_integer('prompts', 8, 'Prompts of a batch.')
+_REPEATS = flags.DEFINE_integer('repeats', 7, 'Timed repeats.')
+_OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
+
+PROMPT, NEW, GROUP, VOCAB = 32, 64, 8, 512
+GROUPS = (4, 8, 16, 32)
+STEPS = (4, 24)
+BETA = 0.04
+TARGETS = {'sampling': 5.0, 'step': 3.0}  # Times as fast, at least.
+PROBE_TARGET = 1.05
+
+
+def write_model(folder: pathlib.Path) -> None:
+  """A random Llama, as transformers writes it."""
+  import transformers  # Only here: it is slow to import.
+
+  config = transformers.LlamaConfig(
+    vocab_size=VOCAB, hidden_size=64, intermediate_size=172,
+    num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=4,
+    max_position_embeddings=PROMPT + NEW, tie_word_embeddings=True,
+    bos_token_id=1, eos_token_id=2, pad_token_id=0,
+  )  # fmt: skip
+  transformers.set_seed(0)
+  transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def counted(tokens) -> Any:
+  """The reward: how often token 7 is said."""
+  return (tokens == 7).sum(-1)
+
+
+class Ours:
+  """This library's side."""
+
+  def __init__(self, folder: pathlib.Path, prompts: np.ndarray):
+    self.model, self.params = models.load_pretrained(folder)
+    self.prompts = jnp.asarray(prompts)
+    self.mask = jnp.ones(prompts.shape, bool)
+    width = self.model.config.d_model
+    self.observe = probes.observer(self.model.apply, ['resid_post[2:3]'])
+    config = probes.ProbeConfig(kind='mlp', d_in=width)
+    quality = probes.ProbeQuality(0.95, 0.02, 500, 500, 100)
+    self.probe = probes.freeze(
+      self.params, probes.init_probe(config, jax.random.key(1)),
+      observe=self.observe, config=config, quality=quality,
+    )  # fmt: skip
+    self._sample = jax.jit(
+      lambda params, key: rewards.sample_groups(
+        self.model.apply, params, self.prompts, self.mask,
+        config=self.model.config, group=GROUP, max_new_tokens=NEW, key=key,
+      )  # fmt: skip
+    )
+    self.optimizer = optax.adam(1e-5)
+    self.step = self.make_step(GROUP)
+    self.state = self.start(GROUP)
+
+  def _config(self, group: int) -> rewards.PolicyConfig:
+    return rewards.PolicyConfig(
+      group=group, max_new_tokens=NEW, baseline='mean', scale='group',
+      average='sequence', divergence='k3', divergence_weight=BETA,
+    )  # fmt: skip
+
+  def make_step(self, group: int):
+    term = rewards.Term(
+      name='count',
+      value=lambda s: counted(
+        jnp.where(s.samples.sampled_BT, s.samples.tokens_BT, -1)
+      ).astype(jnp.float32),
+    )
+    return rewards.make_policy_step(
+      self.model.apply, self.model.config, self.observe, self.optimizer,
+      [term], rewards.clipped(), self._config(group),
+    )  # fmt: skip
+
+  def start(self, group: int) -> rewards.PolicyState:
+    return rewards.init_policy(
+      self.params, self.optimizer, jax.random.key(2), self._config(group)
+    )
+
+  def batch(self) -> dict[str, Any]:
+    return {'prompts': self.prompts, 'mask': self.mask}
+
+  def sample(self) -> None:
+    jax.block_until_ready(self._sample(self.params, jax.random.key(3)))
+
+  def improve(self) -> None:
+    self.state, metrics = self.step(self.state, self.batch(), probe=self.probe)
+    jax.block_until_ready((self.state, metrics))
+
+
+def make_generate(folder: pathlib.Path, prompts: np.ndarray):
+  """`generate` of transformers on the same prompts."""
+  import torch
+  import transformers
+
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32
+  ).eval()
+  tokens = torch.tensor(np.repeat(prompts, GROUP, axis=0))
+
+  def generate():
+    with torch.inference_mode():
+      out = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), do_sample=True,
+        top_k=0, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0,
+      )  # fmt: skip
+    assert out.shape[1] == PROMPT + NEW
+    return out
+
+  return generate
+
+
+def make_trainer(folder: pathlib.Path, prompts: np.ndarray, steps: int):
+  """`GRPOTrainer`; `train()` leaves the seconds of each step in a list."""
+  import datasets
+  import tokenizers
+  import transformers
+  import trl
+
+  words = {f't{i}': i for i in range(VOCAB)}
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=_words(tokenizers, words),
+    pad_token='t0', eos_token='t2', bos_token='t1',
+  )  # fmt: skip
+  seconds: list[float] = []
+
+  class Clock(transformers.TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+      self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+      seconds.append(time.perf_counter() - self.began)
+
+  text = [' '.join(f't{i}' for i in row) for row in prompts]
+  scratch = folder / 'trl'
+  trainer = trl.GRPOTrainer(
+    model=transformers.AutoModelForCausalLM.from_pretrained(folder),
+    reward_funcs=lambda completion_ids, **kw: [
+      float(counted(np.asarray(ids))) for ids in completion_ids
+    ],
+    args=trl.GRPOConfig(
+      output_dir=str(scratch), use_cpu=True, report_to='none', bf16=False,
+      per_device_train_batch_size=len(prompts) * GROUP, num_generations=GROUP,
+      gradient_accumulation_steps=1, max_completion_length=NEW, max_steps=steps,
+      beta=BETA, loss_type='grpo', learning_rate=1e-5, save_strategy='no',
+      logging_strategy='no', disable_tqdm=True, temperature=1.0, top_k=0,
+      generation_kwargs={'min_new_tokens': NEW}, gradient_checkpointing=False,
+    ),
+    train_dataset=datasets.Dataset.from_dict({'prompt': text * steps}),
+    processing_class=tokenizer,
+    callbacks=[Clock()],
+  )  # fmt: skip
+  return trainer, seconds
+
+
+def _words(tokenizers, words: dict[str, int]):
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(words, unk_token='t0')
+  )
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  return tokenizer
+
+
+def clock(call: Callable[[], Any]) -> float:
+  start = time.perf_counter()
+  call()
+  return time.perf_counter() - start
+
+
+def in_turn(calls: dict[str, Callable[[], Any]], repeats: int):
+  """Seconds of each call, interleaved; the first round warms up."""
+  out: dict[str, list[float]] = {name: [] for name in calls}
+  for repeat in range(repeats + 1):
+    for name, call in calls.items():
+      seconds = clock(call)
+      if repeat:
+        out[name].append(seconds)
+  return out
+
+
+def ratio(theirs: list[float], ours: list[float]) -> dict[str, Any]:
+  each = [a / b for a, b in zip(theirs, ours)]
+  return {
+    'ours': stats.median(ours),
+    'theirs': stats.median(theirs),
+    'ratio': stats.median(each),
+    'range': [min(each), max(each)],
+  }
+
+
+def probe_cost(ours: Ours, repeats: int) -> dict[str, Any]:
+  """The pass a divergence needs, with a probe read from it and without."""
+  tokens = jnp.tile(ours.prompts, (GROUP, (PROMPT + NEW) // PROMPT))
+  mask = jnp.ones(tokens.shape, bool)
+  spans = jnp.arange(tokens.shape[1])[None] >= PROMPT
+  spans = jnp.broadcast_to(spans, tokens.shape)
+  alone = jax.jit(lambda p, x, m: p.read(x, m).logits_BTV)
+
+  @jax.jit
+  def read(probe, tokens, mask, spans):
+    seen = probe.read(tokens, mask)
+    return seen.logits_BTV, probe.scores(seen, spans)
+
+  done = jax.block_until_ready
+  times = in_turn(
+    {
+      'alone': lambda: done(alone(ours.probe, tokens, mask)),
+      'read': lambda: done(read(ours.probe, tokens, mask, spans)),
+    },
+    3 * repeats,
+  )
+  return ratio(times['read'], times['alone'])
+
+
+def memory(ours: Ours) -> dict[str, Any]:
+  """Temporaries by size of group; arrays alive after some steps."""
+  sizes = []
+  for group in GROUPS:
+    lowered = ours.make_step(group).lower(
+      ours.start(group), ours.batch(), probe=ours.probe
+    )
+    analysis = lowered.compile().memory_analysis()
+    sizes.append(analysis.temp_size_in_bytes / 2**20)
+  slope, offset = np.polyfit(GROUPS, sizes, 1)
+  off = max(abs(offset + slope * g - s) / s for g, s in zip(GROUPS, sizes))
+  alive = []
+  for step in range(1, STEPS[-1] + 1):
+    ours.improve()
+    if step in STEPS:
+      alive.append(sum(a.nbytes for a in jax.live_arrays()) / 2**20)
+  return {
+    'groups': list(GROUPS), 'temporary_mib': sizes, 'off_a_line': float(off),
+    'steps': list(STEPS), 'alive_mib': alive,
+  }  # fmt: skip
+
+
+def measure(prompts: int, repeats: int) -> dict[str, Any]:
+  """Everything; see the module's docstring."""
+  random = np.random.default_rng(0)
+  tokens = random.integers(3, VOCAB, (prompts, PROMPT))
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    write_model(folder)
+    ours = Ours(folder, tokens)
+    times = in_turn(
+      {'ours': ours.sample, 'theirs': make_generate(folder, tokens)}, repeats
+    )
+    rows = {'sampling': ratio(times['theirs'], times['ours'])}
+    versions = {'jax': jax.__version__}
+    if importlib.util.find_spec('trl'):
+      import trl
+
+      versions['trl'] = trl.__version__
+      trainer, theirs = make_trainer(folder, tokens, repeats + 1)
+      mine: list[float] = []
+
+      # One of ours after each of theirs: both see the same neighbours.
+      class After(type(trainer.callback_handler.callbacks[-1]).__mro__[1]):
+        def on_step_end(self, args, state, control, **kwargs):
+          mine.append(clock(ours.improve))
+
+      trainer.add_callback(After())
+      trainer.train()
+      rows['step'] = ratio(theirs[1:], mine[1:])
+    probe, used = probe_cost(ours, repeats), memory(ours)
+  new = prompts * GROUP * NEW
+  for key in ('ours', 'theirs'):
+    rows['sampling'][f'{key}_tokens_per_second'] = new / rows['sampling'][key]
+  return {
+    'prompts': prompts,
+    'repeats': repeats,
+    'versions': versions,
+    'device': f'{jax.devices()[0].device_kind} with {os.cpu_count()} cores',
+    'rows': rows,
+    'probe': probe,
+    'memory': used,
+  }
+
+
+def markdown(result: dict[str, Any]) -> str:
+  """The table of a result."""
+  verdict = lambda holds: 'holds' if holds else '**fails**'
+  lines = ['| what | ours | theirs | ratio [range] | target | |',
+           '|---|---|---|---|---|---|']  # fmt: skip
+  names = {
+    'sampling': 'sampling, over `generate` of transformers',
+    'step': 'a step, over `GRPOTrainer` of TRL',
+  }
+  for name, r in result['rows'].items():
+    low, high = r['range']
+    holds = verdict(r['ratio'] >= TARGETS[name])
+    lines.append(
+      f'| {names[name]} | {r["ours"]:.3f} s | {r["theirs"]:.3f} s '
+      f'| {r["ratio"]:.1f} [{low:.1f}, {high:.1f}] times as fast '
+      f'| ≥ {TARGETS[name]:g} | {holds} |'
+    )
+  r = result['probe']
+  low, high = r['range']
+  lines.append(
+    f'| frozen pass with a probe, over without | {r["theirs"]:.4f} s '
+    f'| {r["ours"]:.4f} s | {r["ratio"]:.2f} [{low:.2f}, {high:.2f}] '
+    f'| ≤ {PROBE_TARGET:g} | {verdict(r["ratio"] <= PROBE_TARGET)} |'
+  )
+  m = result['memory']
+  grown = ', '.join(f'{s:.0f}' for s in m['temporary_mib'])
+  lines.append(
+    f'| temporaries of a step, groups of {", ".join(map(str, m["groups"]))} '
+    f'| {grown} MiB | | {100 * m["off_a_line"]:.0f} % off a line | ≤ 5 % '
+    f'| {verdict(m["off_a_line"] <= 0.05)} |'
+  )
+  few, many = m['alive_mib']
+  lines.append(
+    f'| arrays alive after {m["steps"][0]} and {m["steps"][1]} steps '
+    f'| {few:.1f}, {many:.1f} MiB | | {many / few:.2f} | ≤ 1 '
+    f'| {verdict(many <= few)} |'
+  )
+  return (
+    '\n'.join(lines) + f'\n\n{result["prompts"]} prompts of {PROMPT} tokens, '
+    f'groups of {GROUP}, {NEW} new tokens; {result["device"]}, '
+    f'{result["repeats"]} repeats.\n'
+  )
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'Unknown arguments: {argv[1:]}.')
+  out = _OUT.value and pathlib.Path(_OUT.value)
+  if out and not out.parent.is_dir():
+    raise app.UsageError(f'--out={out}: there is no folder {out.parent}.')
+  result = measure(_PROMPTS.value, _REPEATS.value)
+  print(markdown(result))
+  if out:
+    write_text(out, json.dumps(result, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  app.run(main)
