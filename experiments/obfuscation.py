@@ -247,6 +247,8 @@ class Lab:
     return np.concatenate([fit.coef_[0], fit.intercept_])
 
   def _build(self, arm: Arm):
+    # Prompts make no difference to the program.
+    arm = dataclasses.replace(arm, instruction=ow.PLAIN)
     if arm in self._steps:
       return self._steps[arm]
     c = self.config.rl

@@ -14,7 +14,7 @@ def test_the_code_of_the_readme_runs():
   )
   # One needs a folder that is not here.
   here = [block for block in blocks if 'path/to' not in block]
-  assert len(here) == 5 and len(blocks) == 6
+  assert len(here) == 6 and len(blocks) == 7
   checks = """
 import numpy as np
 expected = sites.vmap_grad(loss, params, batch)['layer_0']['kernel']
@@ -26,6 +26,9 @@ assert out.tokens_BN.shape == (2, 32)
 assert report.table(5).count('\\n') >= 6 and report.score.shape == (256,)
 np.testing.assert_allclose(metrics['removed'], 1 / 7, rtol=1e-4)
 assert metrics['ignored'] == 0
+# Nothing was ever said that would not be doubted a little.
+assert -1 < learned['reward'] < 0 and learned['informative'] == 1
+assert abs(learned['divergence']) < 1e-6 and quality.entities == 30
 """
   run = subprocess.run(
     [sys.executable, '-c', '\n'.join([*here, checks])],
