@@ -92,8 +92,14 @@ class Ours:
     )  # fmt: skip
     self._sample = jax.jit(
       lambda params, key: rewards.sample_groups(
-        self.model.apply, params, self.prompts, self.mask,
-        config=self.model.config, group=GROUP, max_new_tokens=NEW, key=key,
+        self.model.apply,
+        params,
+        self.prompts,
+        self.mask,
+        config=self.model.config,
+        group=GROUP,
+        max_new_tokens=NEW,
+        key=key,
       )  # fmt: skip
     )
     self.optimizer = optax.adam(1e-5)
@@ -159,15 +165,9 @@ def make_generate(folder: pathlib.Path, prompts: np.ndarray):
 def make_trainer(folder: pathlib.Path, prompts: np.ndarray, steps: int):
   """`GRPOTrainer`; `train()` leaves the seconds of each step in a list."""
   import datasets
-  import tokenizers
   import transformers
   import trl
 
-  words = {f't{i}': i for i in range(VOCAB)}
-  tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=_words(tokenizers, words),
-    pad_token='t0', eos_token='t2', bos_token='t1',
-  )  # fmt: skip
   seconds: list[float] = []
 
   class Clock(transformers.TrainerCallback):
@@ -180,7 +180,7 @@ def make_trainer(folder: pathlib.Path, prompts: np.ndarray, steps: int):
   text = [' '.join(f't{i}' for i in row) for row in prompts]
   scratch = folder / 'trl'
   trainer = trl.GRPOTrainer(
-    model=transformers.AutoModelForCausalLM.from_pretrained(folder),
+    model=str(folder),
     reward_funcs=lambda completion_ids, **kw: [
       float(counted(np.asarray(ids))) for ids in completion_ids
     ],
@@ -193,18 +193,35 @@ def make_trainer(folder: pathlib.Path, prompts: np.ndarray, steps: int):
       generation_kwargs={'min_new_tokens': NEW}, gradient_checkpointing=False,
     ),
     train_dataset=datasets.Dataset.from_dict({'prompt': text * steps}),
-    processing_class=tokenizer,
+    processing_class=make_tokenizer(VOCAB),
     callbacks=[Clock()],
   )  # fmt: skip
   return trainer, seconds
 
 
-def _words(tokenizers, words: dict[str, int]):
+def _after(call: Callable[[], None]):
+  import transformers
+
+  class After(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+      call()
+
+  return After()
+
+
+def make_tokenizer(vocab: int):
+  """Of words `t0`, `t1`, ...: each is a token."""
+  import tokenizers
+  import transformers
+
+  words = {f't{i}': i for i in range(vocab)}
   tokenizer = tokenizers.Tokenizer(
     tokenizers.models.WordLevel(words, unk_token='t0')
   )
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-  return tokenizer
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer, pad_token='t0', eos_token='t2', bos_token='t1'
+  )
 
 
 def clock(call: Callable[[], Any]) -> float:
@@ -301,11 +318,7 @@ def measure(prompts: int, repeats: int) -> dict[str, Any]:
       mine: list[float] = []
 
       # One of ours after each of theirs: both see the same neighbours.
-      class After(type(trainer.callback_handler.callbacks[-1]).__mro__[1]):
-        def on_step_end(self, args, state, control, **kwargs):
-          mine.append(clock(ours.improve))
-
-      trainer.add_callback(After())
+      trainer.add_callback(_after(lambda: mine.append(clock(ours.improve))))
       trainer.train()
       rows['step'] = ratio(theirs[1:], mine[1:])
     probe, used = probe_cost(ours, repeats), memory(ours)

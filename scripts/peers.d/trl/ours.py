@@ -1,0 +1,111 @@
+"""Runs in our environment: our formulas on the batches that TRL logged.
+
+  python ours.py write FOLDER
+  python ours.py compare FOLDER REPORT.json
+
+`write` has nothing to write. `compare` reads what `theirs.py` logged, computes
+advantages, losses and gradients with respect to log-probabilities, writes the
+report with the benchmark, and exits 1 if anything differs by more than the
+bound: the largest difference relative to the largest value.
+
+Where definitions differ ours are given theirs: `epsilon_high` of CISPO is the
+cap itself there and one more than ours; 1e-4 is added to deviations.
+Not compared: `scale_rewards='batch'`, the deviation of raw rewards there and of
+what is left after the baseline here.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks import policy as benchmark
+from idesign import rewards
+
+BOUND = 1e-5
+# Name -> objective, average, scale of advantages.
+LOSSES = {
+  'grpo': (rewards.clipped(0.2), 'sequence', 'group'),
+  'dr_grpo': (rewards.clipped(0.2), 'constant', 'none'),
+  'dapo': (rewards.clipped(0.2, 0.28), 'token', 'group'),
+  'cispo': (rewards.cispo(1.0, 0.05), 'token', 'none'),
+}
+NEW, GROUP = 6, 4
+
+
+def difference(ours, theirs) -> float:
+  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+  return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-12))
+
+
+def compare_loss(name: str, logged) -> dict[str, float]:
+  objective, average, _ = LOSSES[name]
+  # `constant` is over the longest completion there may be.
+  wide = lambda x: jnp.pad(jnp.asarray(x), ((0, 0), (0, NEW - x.shape[1])))
+  mask = wide(logged['mask'])
+  advantages = jnp.broadcast_to(logged['advantages'][:, None], mask.shape)
+
+  def loss(logps):
+    tokens = objective(logps, wide(logged['old']), advantages)
+    apart = rewards.divergence.k3(logps, wide(logged['reference']))
+    return rewards.mean_loss(
+      tokens + logged['beta'] * apart, mask, average=average
+    )
+
+  value, gradient = jax.value_and_grad(loss)(wide(logged['logps']))
+  gradient = gradient[:, : logged['logps'].shape[1]]
+  ratio = np.exp(logged['logps'] - logged['old'])[logged['mask']]
+  return {
+    'loss': difference(value, logged['loss']),
+    'gradient': difference(gradient, logged['gradient']),
+    'largest_ratio': float(ratio.max()),
+  }
+
+
+def compare(folder: pathlib.Path, report: pathlib.Path) -> bool:
+  rows: dict[str, dict[str, float]] = {}
+  for name, (_, _, scale) in LOSSES.items():
+    row = {
+      'advantages': 0.0,
+      'loss': 0.0,
+      'gradient': 0.0,
+      'largest_ratio': 0.0,
+    }
+    for path in sorted(folder.glob(f'{name}-*.npz')):
+      logged = dict(np.load(path))
+      if path.stem.endswith('advantages'):
+        ours = rewards.advantages(
+          jnp.asarray(logged['rewards']).reshape(-1, GROUP), baseline='mean',
+          scale=scale, eps=1e-4,
+        )  # fmt: skip
+        got = {'advantages': difference(
+          ours.values_PG.reshape(-1), logged['advantages']
+        )}  # fmt: skip
+      else:
+        got = compare_loss(name, logged)
+      row |= {k: max(v, row[k]) for k, v in got.items()}
+    rows[name] = row
+  worst = max(
+    v for r in rows.values() for k, v in r.items() if k != 'largest_ratio'
+  )
+  measured = json.loads((folder / 'benchmark.json').read_text('utf-8'))
+  out = {
+    'same_numbers': worst <= BOUND,
+    'largest_difference': worst,
+    'losses': rows,
+    'benchmark': measured,
+  }
+  report.parent.mkdir(parents=True, exist_ok=True)
+  report.write_text(json.dumps(out, indent=2) + '\n', 'utf-8')
+  print(json.dumps(rows, indent=2))
+  print(benchmark.markdown(measured))
+  return out['same_numbers']
+
+
+if __name__ == '__main__':
+  if sys.argv[1] == 'compare':
+    ok = compare(*map(pathlib.Path, sys.argv[2:4]))
+    sys.exit(0 if ok else 'our formulas and those of TRL differ')
