@@ -24,14 +24,25 @@ def k1(
 
 
 def k3(
-  logprobs: Float[Array, '...'], reference: Float[Array, '...']
+  logprobs: Float[Array, '...'],
+  reference: Float[Array, '...'],
+  sampled: Float[Array, '...'] | None = None,
 ) -> Float[Array, '...']:
   """`r - 1 - log r` with `r = ref / pi`: unbiased, never negative.
 
-  Differentiated, its gradient is on average that of `KL(ref || pi)`.
+  Differentiated, its gradient is on average that of `KL(ref || pi)`. Times
+  `rho = exp(logprobs - sampled)` it is that of `KL(pi || ref)`, and unbiased
+  also where the tokens were sampled from another policy
+  (https://arxiv.org/abs/2512.02556).
+
+  Args:
+    logprobs: of the tokens, under the policy.
+    reference: under the reference.
+    sampled: under what they were sampled from; None: without `rho`.
   """
   log_ratio = reference - logprobs
-  return jnp.expm1(log_ratio) - log_ratio
+  value = jnp.expm1(log_ratio) - log_ratio
+  return value if sampled is None else jnp.exp(logprobs - sampled) * value
 
 
 def exact(

@@ -297,8 +297,10 @@ def _apart(config, samples: Samples, logits_BTV, reference_BTV, logprobs_BT):
     apart_BT = divergence.exact(logits_BTV[:, :-1], reference_BTV[:, :-1])
     return jnp.pad(apart_BT, ((0, 0), (1, 0)))
   reference_BT = token_logprobs(reference_BTV, samples.tokens_BT)
-  estimate = divergence.k1 if config.divergence == 'k1' else divergence.k3
-  apart_BT = estimate(logprobs_BT, reference_BT)
+  if config.divergence == 'k1':
+    apart_BT = divergence.k1(logprobs_BT, reference_BT)
+  else:
+    apart_BT = divergence.k3(logprobs_BT, reference_BT, samples.logprobs_BT)
   return jnp.where(samples.sampled_BT, apart_BT, 0)
 
 

@@ -125,6 +125,21 @@ def test_gradients_of_the_estimators_are_those_that_are_said():
   np.testing.assert_allclose(score(divergence.k3), reverse, atol=atol)
 
 
+def test_k3_with_its_ratio_has_the_gradient_of_the_divergence():
+  """Whatever the tokens were sampled from."""
+  atol = 64 * EPS
+  for other in (LOGPI, jax.nn.log_softmax(jnp.arange(5.0) / 3)):
+    mean = lambda x, other=other: jnp.sum(
+      jnp.exp(other) * divergence.k3(jax.nn.log_softmax(x), LOGREF, other)
+    )
+    value, gradient = jax.value_and_grad(mean)(LOGITS)
+    np.testing.assert_allclose(
+      value, divergence.exact(LOGITS, REFERENCE), rtol=64 * EPS
+    )
+    want = jax.grad(divergence.exact)(LOGITS, REFERENCE)
+    np.testing.assert_allclose(gradient, want, atol=atol)
+
+
 def test_exact_with_tokens_of_no_probability():
   logits = LOGITS.at[2].set(-jnp.inf)
   value, gradient = jax.value_and_grad(divergence.exact)(logits, REFERENCE)

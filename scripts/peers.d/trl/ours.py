@@ -36,9 +36,9 @@ LOSSES = {
 NEW, GROUP = 6, 4
 
 
-def difference(ours, theirs) -> float:
+def difference(ours, theirs, scale=0.0) -> float:
   ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-  return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-12))
+  return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), scale))
 
 
 def compare_loss(name: str, logged) -> dict[str, float]:
@@ -49,8 +49,9 @@ def compare_loss(name: str, logged) -> dict[str, float]:
   advantages = jnp.broadcast_to(logged['advantages'][:, None], mask.shape)
 
   def loss(logps):
-    tokens = objective(logps, wide(logged['old']), advantages)
-    apart = rewards.divergence.k3(logps, wide(logged['reference']))
+    old = wide(logged['old'])
+    tokens = objective(logps, old, advantages)
+    apart = rewards.divergence.k3(logps, wide(logged['reference']), old)
     return rewards.mean_loss(
       tokens + logged['beta'] * apart, mask, average=average
     )
@@ -59,7 +60,10 @@ def compare_loss(name: str, logged) -> dict[str, float]:
   gradient = gradient[:, : logged['logps'].shape[1]]
   ratio = np.exp(logged['logps'] - logged['old'])[logged['mask']]
   return {
-    'loss': difference(value, logged['loss']),
+    # Advantages cancel in the mean, which may be 0.
+    'loss': difference(
+      value, logged['loss'], np.abs(logged['advantages']).mean()
+    ),
     'gradient': difference(gradient, logged['gradient']),
     'largest_ratio': float(ratio.max()),
   }

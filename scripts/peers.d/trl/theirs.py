@@ -100,8 +100,9 @@ def log(folder: pathlib.Path, name: str) -> None:
     args=trl.GRPOConfig(
       output_dir=str(folder / name), use_cpu=True, report_to='none', bf16=False,
       per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
-      gradient_accumulation_steps=1, max_completion_length=NEW, max_steps=STEPS,
-      num_iterations=2, beta=0.1, learning_rate=0.05, lr_scheduler_type='constant',
+      gradient_accumulation_steps=1, max_completion_length=NEW,
+      max_steps=STEPS, num_iterations=2, beta=0.1, learning_rate=0.05,
+      lr_scheduler_type='constant',
       save_strategy='no', logging_strategy='no', disable_tqdm=True,
       temperature=1.0, gradient_checkpointing=False, **LOSSES[name],
     ),
