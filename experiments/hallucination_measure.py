@@ -156,7 +156,7 @@ def _view(probe, params, tokens, kind):
   frozen = probe.read(tokens, mask)
   live = probe.observe(params, tokens, mask)
   apart = divergence.exact(live.logits_BTV, frozen.logits_BTV)
-  sampled = mask & (jnp.arange(tokens.shape[1]) >= PROMPT)
+  sampled = mask & (jnp.arange(tokens.shape[1])[None] >= PROMPT)
   # What is predicted at a token is the next.
   apart = jnp.where(sampled[:, 1:], apart[:, :-1], 0)
   return {
