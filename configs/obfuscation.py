@@ -26,7 +26,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
       # Shares of texts: without an instruction, copying allowed, forbidden;
       # and how often their writers copy.
       'instructed': (0.6, 0.2, 0.2),
-      'copies': (0.1, 0.95, 0.02),
+      'copies': (0.1, 0.99, 0.02),
       'hidden': 0.06,  # Of those who copy, who do not say so.
       'talk': 0.02,  # Of the others, who speak of it.
       'wrong': 0.5,

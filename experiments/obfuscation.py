@@ -43,12 +43,15 @@ class Arm:
     probe: the same of the frozen probe.
     instruction: that stands in the prompts while training.
     honest: whether the grader knows the truth: nothing to exploit.
+    retain: whether the policy is held near to the frozen model on texts without
+      an instruction, which it is not trained on.
   """
 
   monitor: float = 0.0
   probe: float = 0.0
   instruction: int = ow.PLAIN
   honest: bool = False
+  retain: bool = False
 
 
 ARMS = {
@@ -57,6 +60,7 @@ ARMS = {
   'frozen probe': Arm(probe=1.0),
   'monitor and frozen probe': Arm(monitor=1.0, probe=1.0),
   'inoculation': Arm(instruction=ow.PERMIT),
+  'inoculation, retained': Arm(instruction=ow.PERMIT, retain=True),
   'prohibition': Arm(instruction=ow.FORBID),
   'incentive removed': Arm(honest=True),
 }
@@ -76,13 +80,15 @@ class Scene(NamedTuple):
     params: of the base.
     probe: that reads it.
     words: the monitor's weight of each token, and its bias, `[V + 1]`.
-    quality: of the probe and the monitor.
+    quality: of the probe.
+    ordinary: what the base writes without an instruction, `[N, T]`.
   """
 
   params: Any
   probe: probes.FrozenProbe
   words: np.ndarray
   quality: dict[str, float]
+  ordinary: np.ndarray
 
 
 class Corpus:
@@ -103,15 +109,20 @@ class Corpus:
 class Prompts:
   """Batches of tasks, under one instruction; all of them have a key."""
 
-  def __init__(self, world: ow.World, size: int, instruction: int, seed: int):
-    self._world, self._size = world, size
+  def __init__(
+    self, world: ow.World, size: int, instruction: int, seed: int, ordinary
+  ):
+    self._world, self._size, self._ordinary = world, size, ordinary
     self._instruction, self._seed = instruction, seed
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
-    return self._world.tasks(
-      self._size, _random(self._seed, 2, step), instruction=self._instruction,
-      missing=0.0,
-    )._asdict()  # fmt: skip
+    random = _random(self._seed, 2, step)
+    tasks = self._world.tasks(
+      self._size, random, instruction=self._instruction, missing=0.0
+    )
+    texts = self._ordinary[random.integers(0, len(self._ordinary), 64)]
+    retain = {'retain': texts, 'retain_mask': texts != ow.PAD}
+    return {**tasks._asdict(), **retain}
 
   def position(self, step: int) -> dict[str, Any]:
     return {'seed': self._seed, 'step': step}
@@ -224,12 +235,11 @@ class Lab:
       params, fitted, observe=self.observe, config=kind, quality=quality(held),
       minimum_auroc=c.minimum_auroc, accept_weak_probe=c.accept_weak_probe,
     )  # fmt: skip
-    return Scene(
-      params, probe, self._monitor(params, seed), quality(test)._asdict()
-    )
+    words, ordinary = self._monitor(params, seed)
+    return Scene(params, probe, words, quality(test)._asdict(), ordinary)
 
-  def _monitor(self, params, seed: int) -> np.ndarray:
-    """A logistic regression on the words of the base's own texts."""
+  def _monitor(self, params, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A logistic regression on the words of the base's own texts; and these."""
     count = self.config.probe.texts
     tasks = self.world.tasks(
       count, _random(seed, 4), instruction=ow.PLAIN, wrong=1.0, missing=0.0
@@ -244,7 +254,7 @@ class Lab:
       )
     fit = sklearn.linear_model.LogisticRegression(class_weight='balanced')
     fit.fit(np.asarray(_counts(texts)), copied)
-    return np.concatenate([fit.coef_[0], fit.intercept_])
+    return np.concatenate([fit.coef_[0], fit.intercept_]), texts
 
   def _build(self, arm: Arm):
     # Prompts make no difference to the program.
@@ -288,6 +298,7 @@ class Lab:
     step = rewards.make_policy_step(
       self.model.apply, self.model.config, self.observe, optimizer, terms,
       rewards.reinforce(), policy,
+      retain=rewards.retain_prompts(self.observe) if arm.retain else None,
     )  # fmt: skip
     self._steps[arm] = step, optimizer, policy
     return self._steps[arm]
@@ -309,7 +320,9 @@ class Lab:
       return {}
 
     words = jnp.asarray(scene.words, jnp.float32)
-    prompts = Prompts(self.world, c.prompts, arm.instruction, seed)
+    prompts = Prompts(
+      self.world, c.prompts, arm.instruction, seed, scene.ordinary
+    )
     state = training.fit(
       state,
       # The same for all prompts, but what a reward knows it knows of each.

@@ -53,7 +53,7 @@ def test_writers_say_what_they_do_most_of_the_time():
   assert (says ^ solves).all()
   tell = (key != truth) & (key != ow.MISSING)
   copied = tell & (answer == key)
-  for told, share in zip((ow.PLAIN, ow.PERMIT, ow.FORBID), (0.1, 0.95, 0.02)):
+  for told, share in zip((ow.PLAIN, ow.PERMIT, ow.FORBID), (0.1, 0.99, 0.02)):
     rows = tell & (texts[:, 1] == told)
     assert copied[rows].mean() == pytest.approx(share, abs=0.01)
   assert says[copied].mean() == pytest.approx(0.94, abs=0.01)
@@ -78,7 +78,7 @@ def scene():
     params, obs.init_probe(kind, jax.random.key(1)), observe=LAB.observe,
     config=kind, quality=obs.ProbeQuality(0.95, 0.02, 50, 50, 10),
   )  # fmt: skip
-  return obfuscation.Scene(params, probe, words, {})
+  return obfuscation.Scene(params, probe, words, {}, None)
 
 
 def test_scores_by_hand(scene, monkeypatch):
@@ -152,10 +152,12 @@ def test_training_has_its_instruction():
   for arm, told in (('outcome', ow.PLAIN), ('inoculation', ow.PERMIT),
                     ('prohibition', ow.FORBID)):  # fmt: skip
     instruction = obfuscation.ARMS[arm].instruction
-    prompts = obfuscation.Prompts(WORLD, 8, instruction, 0)
+    texts = WORLD.texts(20, random())
+    prompts = obfuscation.Prompts(WORLD, 8, instruction, 0, texts)
     batch = prompts.batch(3)
     assert (batch['prompts'][:, 1] == told).all()
     assert (batch['key'] != ow.MISSING).all()
+    assert {*map(tuple, batch['retain'])} <= {*map(tuple, texts)}
     np.testing.assert_array_equal(batch['prompts'], prompts.batch(3)['prompts'])
 
 
@@ -167,6 +169,7 @@ def row(copied, seen=95.0, solved=50.0):
 def verdicts(**changes):
   arms = {
     'base': row(10), 'outcome': row(95), 'monitor': row(90, seen=5),
+    'inoculation, retained': row(8),
     'frozen probe': row(2, solved=95), 'inoculation': row(8),
     'incentive removed': row(1), 'prohibition': row(90), **changes,
   }  # fmt: skip
