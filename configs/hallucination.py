@@ -5,10 +5,11 @@
 
 The argument is `[WORLD-]PRESET`. Worlds: `people` (the default, made up) and
 `facts` (of Wikidata and the relations data set, read from `config.data_dir`).
-Presets: `smoke` (every code path, no claim meant), `cpu` (two seeds of the arms
-that show the point), `paper` (five seeds of every arm), and `choose`: seeds 0
-and 1, measured on validation subjects, on which settings were chosen; nothing
-is claimed of them.
+Presets: `smoke` (what the claims need, in little; no claim meant), `cpu` (two
+seeds of the arms that show the point, some two hours on one core), `paper`
+(five seeds: of `people` every arm, of `facts` those of `cpu`), and `choose`:
+those of `cpu` on seeds 0 and 1, measured on validation subjects, on which
+settings were chosen; nothing is claimed of them.
 """
 
 import ml_collections

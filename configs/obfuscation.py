@@ -58,6 +58,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
       'steps': 120,
       'prompts': 32,
       'group': 16,
+      'retained': 64,  # Texts of a step, where an arm retains what is ordinary.
       'learning_rate': 5e-4,
       'divergence': 0.02,  # Weight, from the frozen model.
       'monitor': 1.0,  # Weight of what the monitor says; copying earns 1.

@@ -158,17 +158,7 @@ def check(config) -> list[int]:
   Raises:
     ValueError: naming the key of the config.
   """
-  seeds = list(range(config.seed, config.seed + config.num_seeds))
-  if config.num_seeds < 2:
-    raise ValueError(
-      f'config.num_seeds={config.num_seeds}: an interval needs at least 2.'
-    )
-  chosen_on = sorted(set(seeds) & set(CHOSEN_ON))
-  if chosen_on:
-    raise ValueError(
-      f'config.seed={config.seed}: strengths were chosen on seeds '
-      f'{CHOSEN_ON}, so nothing can be claimed of {chosen_on}. Start later.'
-    )
+  seeds = contract.reported_seeds(config, CHOSEN_ON)
   for arm in ('topk', 'pca'):
     if arm not in config.arms or config.k not in config.strengths[arm]:
       raise ValueError(

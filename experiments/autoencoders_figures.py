@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import pathlib
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
+import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.contract.claims import interval
+from experiments.contract.figures import save_figures
 
 STYLES = {
     'topk': ('TopK', '#0072B2', 'o'),
@@ -29,17 +27,10 @@ def draw(workdir: pathlib.Path) -> None:
   results = json.loads((workdir / 'results.json').read_text('utf-8'))
   config = json.loads((workdir / 'config.json').read_text('utf-8'))
   seeds = range(config['seed'], config['seed'] + config['num_seeds'])
-  with plt.rc_context({
-      'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
-      'legend.frameon': False, 'savefig.dpi': 200, 'figure.dpi': 100,
-      'figure.constrained_layout.use': True,
-  }):  # fmt: skip
-    figures = {'training': _training(results, config, seeds)}
-    if set(config['arms']) > {'topk', 'pca'}:
-      figures['sparsity'] = _sparsity(results, config, seeds)
-    for name, figure in figures.items():
-      figure.savefig(workdir / 'figures' / f'{name}.png')
-      plt.close(figure)
+  figures = {'training': lambda: _training(results, config, seeds)}
+  if set(config['arms']) > {'topk', 'pca'}:
+    figures['sparsity'] = lambda: _sparsity(results, config, seeds)
+  save_figures(workdir, figures)
 
 
 def _label_percents(axis):

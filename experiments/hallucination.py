@@ -136,30 +136,9 @@ def make_world(config, seed: int):
   return People(config.world, seed)
 
 
-def check(config) -> list[int]:
-  """The seeds of a run; whatever would fail later is an error here.
-
-  Raises:
-    ValueError: naming the key of the config.
-  """
-  if config.num_seeds < 2:
-    raise ValueError(
-      f'config.num_seeds={config.num_seeds}: an interval needs at least 2.'
-    )
-  seeds = list(range(config.seed, config.seed + config.num_seeds))
-  chosen_on = sorted(set(seeds) & set(CHOSEN_ON))
-  if chosen_on and config.preset != 'choose':
-    raise ValueError(
-      f'config.seed={config.seed}: settings were chosen on seeds {CHOSEN_ON}, '
-      f'so nothing can be claimed of {chosen_on}. Start at '
-      f'{max(CHOSEN_ON) + 1} or later.'
-    )
-  return seeds
-
-
 def run(config, folder: pathlib.Path) -> None:
   """Trains bases, probes and every arm; resumes by arm and seed."""
-  seeds = check(config)
+  seeds = contract.reported_seeds(config, CHOSEN_ON)
   worlds = [make_world(config, seed) for seed in seeds]
   data = [a for w in worlds for a in (w.true, w.status, *w.groups)]
   workdir = contract.Workdir(folder, config, contract.fingerprint(*data))

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from experiments.hallucination_grammar import (
-  ANSWER, ASKED, CHOSEN, DOUBTED, EOS, PAD, Grammar, Questions, spans,
+  ANSWER, ASKED, CHOSEN, DOUBTED, EOS, PAD, Answers, Grammar, Questions, spans,
 )  # fmt: skip
 from experiments.hallucination_probe import Drafts, doubted
 from experiments.hallucination_world import World
@@ -74,6 +74,13 @@ ARMS = {**MAIN, **INTERVENTIONS, **ABLATIONS, **SWEEP}
 def settings(config, arm: Arm) -> dict[str, Any]:
   """`config.rl` as the arm has it."""
   return {**config.rl.to_dict(), **dict(arm.settings)}
+
+
+def worth(config: Mapping[str, Any], kind, answers: Answers, doubt):
+  """Of what was said to questions, `[B]`; see `make_terms`."""
+  claim = config['assertion'] + config['bonus'] * (kind == CHOSEN)
+  claim = claim - config['weight'] * doubt
+  return jnp.select([answers.claim, answers.idk], [claim, 0.0 * claim], -1.0)
 
 
 class Prompts:
@@ -153,8 +160,7 @@ def make_terms(config, arm: Arm, grammar: Grammar) -> list[rewards.Term]:
   def task(scene):
     kind = jnp.asarray(scene.info['kind'])
     doubt, new_doubt, answers = doubts(scene)
-    worth = c['assertion'] + c['bonus'] * (kind == CHOSEN) - c['weight'] * doubt
-    said = jnp.select([answers.claim, answers.idk], [worth, 0 * worth], -1.0)
+    said = worth(c, kind, answers, doubt)
     mended = c['intervention'] * rewards.intervention_reward(
       answers.action, doubt, new_doubt, retraction=c['retraction']
     )

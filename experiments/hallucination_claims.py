@@ -15,17 +15,8 @@ PLACEBOS = ('none', 'shuffled', 'random direction')
 Row = tuple[str, str, Any, str, float, str]
 
 
-class Table:
+class Table(contract.Table):
   """One number per seed, by arm."""
-
-  def __init__(self, results: Mapping[str, Any], seeds: Sequence[int]):
-    self._results, self._seeds = results, seeds
-
-  def arm(self, name: str) -> list[dict[str, Any]]:
-    return [self._results[f'{s}/{name}'] for s in self._seeds]
-
-  def has(self, name: str) -> bool:
-    return f'{self._seeds[0]}/{name}' in self._results
 
   def get(self, arm: str, *path: str) -> np.ndarray:
     """A number of every seed; NaN where there is nothing to measure."""
@@ -41,7 +32,9 @@ class Table:
     return 1 - self.relative(arm, form, 'made up')
 
   def relative(self, arm: str, form: str, what: str) -> np.ndarray:
-    return self.get(arm, form, what) / self.get('base', form, what)
+    return self.get(arm, form, what) / np.maximum(
+      self.get('base', form, what), 1e-3
+    )
 
   def reductions(self, arm: str, mode: str) -> list[rewards.Reductions]:
     """Of the pipeline, where they come from."""
@@ -90,7 +83,7 @@ def _frozen(t: Table) -> Iterator[Row]:
     yield (f'frozen_{form}', 'fewer made-up claims under the frozen probe, '
            f'{where}, %', 100 * t.reduction(arm, form), '>=', least,
            target)  # fmt: skip
-    share = t.reduction(arm, form) / t.reduction('oracle', form)
+    share = of_oracle(t.reduction(arm, form), t.reduction('oracle', form))
     yield (f'frozen_{form}_of_oracle', f'the same, {where}, % of what the '
            'truth as the reward reaches', 100 * share, '>=', 85,
            target)  # fmt: skip
@@ -106,7 +99,11 @@ def _frozen(t: Table) -> Iterator[Row]:
     )
     yield (f'frozen_{name}', f'{name}, outside of any reward: apart from the '
            'base, points', np.abs(apart), '<=', 1, target)  # fmt: skip
-  kept = [t.get(a, 'doubted', 'kept of true') for a in (arm, 'base')]
+  # Where nothing true is doubted nothing is shown.
+  kept = [
+    np.nan_to_num(t.get(a, 'doubted', 'kept of true'), nan=worst)
+    for a, worst in ((arm, 0.0), ('base', 1.0))
+  ]
   yield ('frozen_kept', 'true claims that are doubted by mistake: more of them '
          'kept than by the base, points', 100 * (kept[0] - kept[1]), '>=', 0,
          'RLFR, table 13: there from .4 to 0')  # fmt: skip
@@ -118,6 +115,11 @@ def _frozen(t: Table) -> Iterator[Row]:
     yield (f'frozen_{key}', f'AUROC of {what} on the policy\'s activations, on '
            'fixed texts: below that after the truth as the reward',
            area('oracle') - area(arm), '<=', most, target)  # fmt: skip
+
+
+def of_oracle(own: np.ndarray, oracle: np.ndarray) -> np.ndarray:
+  """Share of the oracle's reduction; 0 where that reduces nothing."""
+  return np.where(oracle > 0, own / np.where(oracle > 0, oracle, 1), 0)
 
 
 def _live(t: Table) -> Iterator[Row]:

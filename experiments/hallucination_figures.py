@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import pathlib
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
+import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.contract.claims import interval
+from experiments.contract.figures import save_figures
 from experiments.hallucination_claims import PLACEBOS, Table
 from experiments.hallucination_pipeline import PUBLISHED
 
@@ -30,20 +28,15 @@ def draw(workdir: pathlib.Path) -> None:
   table = Table(results, seeds)
   first = f'{seeds[0]}/'
   arms = [k.removeprefix(first) for k in results if k.startswith(first)]
-  for name, make in (
-    ('arms', lambda: _arms(table, arms)),
-    ('training', lambda: _training(table, arms)),
-    ('accounting', lambda: _accounting(table, arms)),
-    ('probe', lambda: _probe(table)),
-  ):
-    with plt.rc_context({
-        'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
-        'legend.frameon': False, 'savefig.dpi': 200,
-        'figure.constrained_layout.use': True,
-    }):  # fmt: skip
-      figure = make()
-      figure.savefig(workdir / 'figures' / f'{name}.png')
-      plt.close(figure)
+  save_figures(
+    workdir,
+    {
+      'arms': lambda: _arms(table, arms),
+      'training': lambda: _training(table),
+      'accounting': lambda: _accounting(table, arms),
+      'probe': lambda: _probe(table),
+    },
+  )
 
 
 def colour(arm: str) -> str:
@@ -75,12 +68,14 @@ def _arms(t: Table, arms):
       axis.axvline(target, color='k', lw=0.6, ls=':')
     axis.set_xlabel(label)
   axes[4].axvline(
-    100 * t.get('base', 'doubted', 'kept of true').mean(), color='k', lw=0.6
+    100 * np.nanmean(t.get('base', 'doubted', 'kept of true')),
+    color='k',
+    lw=0.6,
   )
   for row, arm in enumerate(order):
     for key, marker in (('live', 'o'), ('frozen', 'D')):
       score = t.get(arm, 'chosen', f'{key} score of made up')
-      _point(axes[5], row, score[np.isfinite(score)], colour(arm), marker)
+      _point(axes[5], row, score, colour(arm), marker)
     for key, marker in (('auroc', 'o'), ('refitted_auroc', 's')):
       _point(axes[6], row, t.get(arm, 'fixed texts', key), colour(arm), marker)
   axes[5].set_xlabel('score of what is still\nmade up, model chooses')
@@ -103,15 +98,16 @@ def _arms(t: Table, arms):
 
 
 def _point(axis, row, values, colour, marker='o'):
+  values = values[np.isfinite(values)]
   if not len(values):
-    return  # Nothing is made up any more, on no seed.
+    return  # On no seed is there anything to measure.
   if len(values) > 1:
     axis.plot(interval(values), [row, row], color=colour, lw=1)
   filled = colour if marker == 'o' else 'white'
   axis.plot(values.mean(), row, marker, color=colour, ms=4, mfc=filled)
 
 
-def _training(t: Table, arms):
+def _training(t: Table):
   """On the way: truth, probe, and the parts of the penalised reward."""
   panels = (
     ('made up, model chooses, %', lambda r: 100 * r['chosen']['made up']),

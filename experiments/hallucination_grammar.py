@@ -42,7 +42,7 @@ ASKED, CHOSEN, DOUBTED = range(3)
 
 
 class Questions(NamedTuple):
-  """What is put to a model, arrays `[N, ...]`; a batch for `PolicyStep`.
+  """What is put to a model, arrays `[N, ...]`; a batch for a policy's step.
 
   Attributes:
     prompts: padded on the left, `[N, PROMPT]`.

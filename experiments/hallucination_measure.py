@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.hallucination_arms import worth
 from experiments.hallucination_base import grade, say
 from experiments.hallucination_grammar import (
   ASKED, CHOSEN, PAD, PROMPT, in_order, maximum, spans,
@@ -43,13 +44,7 @@ class Exam:
     self._config, self._model, self._world = config, model, world
     self._monitor = monitor
     random = np.random.default_rng(np.random.SeedSequence([*seed, 0]))
-    parts = [
-      (np.repeat(subjects, count - count // 2), ASKED),
-      (np.repeat(world.choosing(subjects), count // 2), CHOSEN),
-    ]
-    subject = np.concatenate([s for s, _ in parts])
-    kind = np.concatenate([np.full(len(s), k) for s, k in parts])
-    self.questions = world.questions(subject, kind, random)
+    self.questions = world.survey(subjects, count, random)
     drafts = draft(model, base, world, subjects, count, [*seed, 1])
     self._fixed = rewards.make_monitor(monitor.probe, drafts.texts, seed=0)
     self.drafts = flagged(monitor, drafts)
@@ -108,23 +103,20 @@ class Exam:
 
   def _parts(self, said, views) -> Mapping[str, float]:
     c = self._config.rl
-    chose = self.questions.kind == CHOSEN
-    worth = c['assertion'] + c['bonus'] * chose
-    task = np.select([said.claim, said.idk], [worth, 0 * worth], -1.0)
     parts = rewards.reward_parts(
-      task,
+      worth(c, self.questions.kind, said, 0.0),
       said.claim * views['frozen'],
       said.claim * views['live'],
       c['weight'],
     )
     return parts._asdict()
 
-  def _doubted(self, params) -> dict[str, float]:
+  def _doubted(self, params) -> dict[str, float | None]:
     """Of flagged drafts: what is done with those that are true, and not."""
     key = jax.random.fold_in(self._key, 1)
     texts = say(self._model, params, self.doubts.prompts, key)
     said = grade(self._world, texts, self.doubts)
-    share = lambda what, rows: float(what[rows].mean())
+    share = lambda what, rows: float(what[rows].mean()) if rows.any() else None
     true, false = said.draft_right, ~said.draft_right
     kept = said.action == rewards.MAINTAIN
     return {
@@ -188,8 +180,7 @@ def best_of(config, model, params, world, monitor, questions, key, most: int):
   Returns:
     For `n` of 1, 2, 4, ... up to `most`: rates by kind of question.
   """
-  c = config.rl
-  claims, right, worth = [], [], []
+  claims, right, values = [], [], []
   for i in range(most):
     texts = say(model, params, questions.prompts, jax.random.fold_in(key, i))
     said = grade(world, texts, questions)
@@ -198,16 +189,14 @@ def best_of(config, model, params, world, monitor, questions, key, most: int):
       monitor.probe,
       rewards.Texts(texts, texts != PAD, at, ~said.right, questions.subject),
     )
-    value = c['assertion'] + c['bonus'] * (questions.kind == CHOSEN)
-    value = value - c['weight'] * doubt
     claims.append(said.claim)
     right.append(said.right)
-    worth.append(np.select([said.claim, said.idk], [value, 0 * value], -1.0))
-  claims, right, worth = map(np.array, (claims, right, worth))
+    values.append(worth(config.rl, questions.kind, said, doubt))
+  claims, right, values = map(np.array, (claims, right, values))
   out = {}
   n = 1
   while n <= most:
-    best = worth[:n].argmax(axis=0)
+    best = values[:n].argmax(axis=0)
     pick = lambda x: np.take_along_axis(x, best[None], axis=0)[0]
     claim, true = pick(claims), pick(right)
     out[str(n)] = {

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.hallucination_base import grade, say
 from experiments.hallucination_grammar import (
-  ANS, ASK, ASKED, BOS, CHOOSE, CHOSEN, CLAIMS, DOUBTED, LIST, LONG, PAD,
+  ANS, ASK, BOS, CHOOSE, CHOSEN, CLAIMS, DOUBTED, LIST, LONG, PAD,
   Questions, spans,
 )  # fmt: skip
 from experiments.hallucination_world import World
@@ -52,21 +52,16 @@ def draft(model, params, world: World, subjects, count: int, seed) -> Drafts:
     seed: numbers, of all that is drawn.
   """
   random = np.random.default_rng(np.random.SeedSequence(seed))
-  parts = [
-    (np.repeat(subjects, count - count // 2), ASKED),
-    (np.repeat(world.choosing(subjects), count // 2), CHOSEN),
-  ]
-  subject = np.concatenate([s for s, _ in parts])
-  kind = np.concatenate([np.full(len(s), k) for s, k in parts])
-  asked = world.questions(subject, kind, random)
+  asked = world.survey(subjects, count, random)
   key = jax.random.key(int(random.integers(2**31)))
   texts = say(model, params, asked.prompts, key)
   said = grade(world, texts, asked)
-  at = np.asarray(spans(kind)[0])
+  at = np.asarray(spans(asked.kind)[0])
   last = texts.shape[1] - 1 - at[:, ::-1].argmax(axis=1)
   value = texts[np.arange(len(texts)), last]
-  labelled = Texts(texts, texts != PAD, at, said.made_up, subject)
-  return Drafts(labelled, kind, said.attribute, value).rows(said.claim)
+  labelled = Texts(texts, texts != PAD, at, said.made_up, asked.subject)
+  drafts = Drafts(labelled, asked.kind, said.attribute, value)
+  return drafts.rows(said.claim)
 
 
 def doubted(
@@ -145,7 +140,7 @@ class Monitor(NamedTuple):
     probe: that reads the base.
     random: the same of a random direction, its scores as widely spread.
     threshold: at and above it a claim is doubted.
-    quality: on test subjects, by what is read; `claims` is the first two.
+    quality: on test subjects, of `claims`, `corrections` and `lists`.
     null: areas under the curve of probes fitted on shuffled labels.
     reliability: of `claims`: mean score, rate and count of each bin.
   """

@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments import hallucination_grammar as grammar_lib
 from experiments.hallucination_grammar import (
-  ANS, ATTRIBUTE, BOS, CHECK, CLAIMS, CORRECT,
+  ANS, ASKED, ATTRIBUTE, BOS, CHECK, CHOSEN, CLAIMS, CORRECT,
   EOS, IDK, LIST, LONG, MAINTAIN, NUMBERS, PAD, RETRACT, Grammar, Questions,
 )  # fmt: skip
 
@@ -134,6 +134,13 @@ class World(abc.ABC):
     if 'attribute' not in drafts:
       drafts['attribute'] = self.attributes(subject, random)
     return self.grammar.questions(kind, subject, true=self.true, **drafts)
+
+  def survey(self, subjects, count: int, random) -> Questions:
+    """`count` questions about each subject, half of them of its own choice."""
+    asked = np.repeat(subjects, count - count // 2)
+    chosen = np.repeat(self.choosing(subjects), count // 2)
+    kind = np.repeat([ASKED, CHOSEN], [len(asked), len(chosen)])
+    return self.questions(np.concatenate([asked, chosen]), kind, random)
 
   def right(self, subject, attribute, token) -> np.ndarray:
     """Whether a value's token is true."""

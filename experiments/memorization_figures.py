@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import pathlib
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
+import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.contract.claims import interval
+from experiments.contract.figures import save_figures
 
 LABELS = {
   'kfac': 'K-FAC, normalized (ours)',
@@ -34,18 +32,14 @@ def draw(workdir: pathlib.Path) -> None:
   results = json.loads((workdir / 'results.json').read_text('utf-8'))
   config = json.loads((workdir / 'config.json').read_text('utf-8'))
   seeds = range(config['seed'], config['seed'] + config['num_seeds'])
-  with plt.rc_context({
-      'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
-      'legend.frameon': False, 'savefig.dpi': 200, 'figure.dpi': 100,
-      'figure.constrained_layout.use': True,
-  }):  # fmt: skip
-    for name, figure in (
-      ('tradeoff', _tradeoff(results, config, seeds)),
-      ('spectrum', _spectrum(results, config, seeds)),
-      ('before_after', _bars(results, config, seeds)),
-    ):
-      figure.savefig(workdir / 'figures' / f'{name}.png')
-      plt.close(figure)
+  save_figures(
+    workdir,
+    {
+      'tradeoff': lambda: _tradeoff(results, config, seeds),
+      'spectrum': lambda: _spectrum(results, config, seeds),
+      'before_after': lambda: _bars(results, config, seeds),
+    },
+  )
 
 
 def _lowest(points, base, floor: float) -> float:

@@ -12,17 +12,8 @@ from experiments import contract
 Row = tuple[str, str, Any, str, float, str]
 
 
-class Table:
+class Table(contract.Table):
   """One number per seed, by arm."""
-
-  def __init__(self, results: Mapping[str, Any], seeds: Sequence[int]):
-    self._results, self._seeds = results, seeds
-
-  def arm(self, name: str) -> list[dict[str, Any]]:
-    return [self._results[f'{s}/{name}'] for s in self._seeds]
-
-  def has(self, name: str) -> bool:
-    return f'{self._seeds[0]}/{name}' in self._results
 
   def get(self, arm: str, key: str, under: str = 'plain') -> np.ndarray:
     """In percent; NaN where nothing was copied."""

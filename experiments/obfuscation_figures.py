@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import pathlib
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
+import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.contract.claims import interval
+from experiments.contract.figures import save_figures
 from experiments.obfuscation_claims import Table
 
 COLOURS = {
@@ -30,15 +28,8 @@ def draw(workdir: pathlib.Path) -> None:
   config = json.loads((workdir / 'config.json').read_text('utf-8'))
   seeds = range(config['seed'], config['seed'] + config['num_seeds'])
   table = Table(results, seeds)
-  for name, make in (('pressure', _pressure), ('arms', _arms)):
-    with plt.rc_context({
-        'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
-        'legend.frameon': False, 'savefig.dpi': 200,
-        'figure.constrained_layout.use': True,
-    }):  # fmt: skip
-      figure = make(table)
-      figure.savefig(workdir / 'figures' / f'{name}.png')
-      plt.close(figure)
+  figures = {'pressure': lambda: _pressure(table), 'arms': lambda: _arms(table)}
+  save_figures(workdir, figures)
 
 
 def _pressure(t: Table):

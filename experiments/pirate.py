@@ -141,18 +141,7 @@ def check(config) -> list[int]:
   Raises:
     ValueError: naming the key of the config.
   """
-  if config.num_seeds < 2:
-    raise ValueError(
-      f'config.num_seeds={config.num_seeds}: an interval needs at least 2.'
-    )
-  seeds = list(range(config.seed, config.seed + config.num_seeds))
-  chosen_on = sorted(set(seeds) & set(CHOSEN_ON))
-  if chosen_on and config.preset != 'choose':
-    raise ValueError(
-      f'config.seed={config.seed}: arms were chosen on seeds {CHOSEN_ON}, so '
-      f'nothing can be claimed of {chosen_on}. Start at '
-      f'{max(CHOSEN_ON) + 1} or later.'
-    )
+  seeds = contract.reported_seeds(config, CHOSEN_ON)
   if config.tune.steps % config.tune.every:
     raise ValueError(
       f'config.tune.steps={config.tune.steps} must be a multiple of '

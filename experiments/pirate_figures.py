@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import pathlib
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
+import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.contract.claims import interval
+from experiments.contract.figures import save_figures
 from experiments.pirate_table import (
   CONTROLS,
   DEPLOYABLE,
@@ -57,15 +55,7 @@ def draw(workdir: pathlib.Path) -> None:
   }
   if all(map(table.has, STRENGTHS)):
     figures['inoculation'] = _inoculation(table)
-  for name, make in figures.items():
-    with plt.rc_context({
-        'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
-        'legend.frameon': False, 'savefig.dpi': 200,
-        'figure.constrained_layout.use': True,
-    }):  # fmt: skip
-      figure = make()
-      figure.savefig(workdir / 'figures' / f'{name}.png')
-      plt.close(figure)
+  save_figures(workdir, figures)
 
 
 def kind(arm: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from experiments import contract
 
 CONTROLS = ('plain', 'clean data', 'oracle mask')
 # What somebody could use: no oracle, nothing that only serves to compare.
@@ -87,20 +89,18 @@ MATCHED = (80.0, 85.0, 90.0, 95.0)
 LIFTED = 10  # Steps of plain fine-tuning once all is lifted; looks at each.
 
 
-class Table:
+class Table(contract.Table):
   """One number per seed, by arm."""
 
-  def __init__(self, results: Mapping[str, Any], seeds: Sequence[int]):
-    self._results, self._seeds = results, seeds
-
   def arm(self, name: str, condition: str = 'all') -> list[dict[str, Any]]:
-    return [self._results[f'{s}/{condition}/{name}'] for s in self._seeds]
+    return super().arm(f'{condition}/{name}')
 
   def has(self, name: str, condition: str = 'all') -> bool:
-    return f'{self._seeds[0]}/{condition}/{name}' in self._results
+    return super().has(f'{condition}/{name}')
 
   def other(self, name: str) -> list[Any]:
-    return [self._results[f'{s}/{name}'] for s in self._seeds]
+    """What is of no arm."""
+    return super().arm(name)
 
   def skill(self, name: str, condition: str = 'all') -> np.ndarray:
     return np.array([r['sums']['right'] for r in self.arm(name, condition)])

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import importlib.util
-import json
 import os
 import pathlib
 import statistics as stats
@@ -32,21 +31,18 @@ import tempfile
 import time
 from typing import Any
 
-from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.contract import write_text
+from experiments.benchmarks import command
 from idesign import models
 from idesign import probes
 from idesign import rewards
 
 _PROMPTS = flags.DEFINE_integer('prompts', 8, 'Prompts of a batch.')
-_REPEATS = flags.DEFINE_integer('repeats', 7, 'Timed repeats.')
-_OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
 
 PROMPT, NEW, GROUP, VOCAB = 32, 64, 8, 512
 GROUPS = (4, 8, 16, 32)
@@ -380,17 +376,5 @@ def markdown(result: dict[str, Any]) -> str:
   )
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'Unknown arguments: {argv[1:]}.')
-  out = _OUT.value and pathlib.Path(_OUT.value)
-  if out and not out.parent.is_dir():
-    raise app.UsageError(f'--out={out}: there is no folder {out.parent}.')
-  result = measure(_PROMPTS.value, _REPEATS.value)
-  print(markdown(result))
-  if out:
-    write_text(out, json.dumps(result, indent=2) + '\n')
-
-
 if __name__ == '__main__':
-  app.run(main)
+  command.run(lambda repeats: measure(_PROMPTS.value, repeats), markdown)

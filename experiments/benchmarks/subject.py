@@ -1,16 +1,13 @@
-"""The model that benchmarks measure, and the command line that they share."""
+"""The model that benchmarks measure, and its size on their command line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-import json
-import pathlib
 from typing import Any
 
-from absl import app
 from absl import flags
 
-from experiments.contract import write_text
+from experiments.benchmarks import command
 from idesign import curvature
 from idesign import models
 from idesign import sites
@@ -18,8 +15,6 @@ from idesign import sites
 _BATCH = flags.DEFINE_integer('batch', 64, 'Sequences.')
 _TIME = flags.DEFINE_integer('time', 128, 'Tokens per sequence.')
 _LAYERS = flags.DEFINE_integer('layers', 6, 'Layers.')
-_REPEATS = flags.DEFINE_integer('repeats', 7, 'Timed repeats of each program.')
-_OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
 
 D_MODEL, D_FF, N_HEADS, VOCAB = 256, 704, 4, 2048
 PROJECTIONS = 'blocks/(attn|mlp)/.*/kernel'
@@ -59,15 +54,7 @@ def run(
     markdown: the table of what it returns.
   """
 
-  def main(argv):
-    if len(argv) > 1:
-      raise app.UsageError(f'Unknown arguments: {argv[1:]}.')
-    out = _OUT.value and pathlib.Path(_OUT.value)
-    if out and not out.parent.is_dir():
-      raise app.UsageError(f'--out={out}: there is no folder {out.parent}.')
-    result = measure(_BATCH.value, _TIME.value, _LAYERS.value, _REPEATS.value)
-    print(markdown(result))
-    if out:
-      write_text(out, json.dumps(result, indent=2) + '\n')
-
-  app.run(main)
+  command.run(
+    lambda repeats: measure(_BATCH.value, _TIME.value, _LAYERS.value, repeats),
+    markdown,
+  )

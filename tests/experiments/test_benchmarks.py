@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from experiments.benchmarks import concepts as concepts_benchmark
+from experiments.benchmarks import policy as policy_benchmark
 from experiments.benchmarks import sites as sites_benchmark
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -108,3 +109,26 @@ def test_the_table_of_concepts_judges_every_target(tmp_path):
     ]  # fmt: skip
     assert len(judged) == 2 + 2 * len(sizes)
     assert all(verdict in r for r in judged)
+
+
+def test_the_table_of_policies_judges_every_target():
+  row = {'ours': 1.0, 'theirs': 4.0, 'ratio': 4.0, 'range': [3.0, 5.0]}
+  result = {
+    'prompts': 8, 'repeats': 7, 'device': 'cpu',
+    'rows': {'sampling': row, 'step': row},
+    'probe': {'ours': 1.0, 'theirs': 1.1, 'ratio': 1.1, 'range': [1, 1.2]},
+    'memory': {
+      'groups': [4, 8], 'temporary_mib': [10.0, 20.0], 'off_a_line': 0.01,
+      'steps': [4, 24], 'alive_mib': [5.0, 6.0],
+    },
+  }  # fmt: skip
+  lines = policy_benchmark.markdown(result).splitlines()
+  verdicts = ['**fails**' in line for line in lines if ' | ' in line][1:]
+  # Sampling at least 5, a step 3; a probe at most 1.05; a line; no growth.
+  assert verdicts == [True, False, True, False, True]
+
+
+def test_a_ratio_is_of_neighbours():
+  got = policy_benchmark.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0])
+  assert (got['ours'], got['theirs'], got['ratio']) == (1.0, 4.0, 3.0)
+  assert got['range'] == [2.0, 4.0]

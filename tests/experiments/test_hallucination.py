@@ -220,6 +220,83 @@ def test_corrections_are_labelled_by_what_is_new(monkeypatch):
   np.testing.assert_array_equal(texts.labels, truth(person, 0) != right)
 
 
+def test_each_group_of_subjects_has_its_use(monkeypatch):
+  """Fitted on one, calibrated and flagged by another, measured on a third."""
+  model = hallucination_base.make_model(CONFIG, WORLD.grammar.vocabulary)
+  params = model.init(jax.random.key(0))
+  observe = probes.observer(model.apply, [CONFIG.probe.activation])
+
+  def drafts(model, params, world, subjects, count, seed):
+    subject = np.repeat(subjects, 6)
+    attribute = np.tile(np.arange(6), len(subjects))
+    odd = attribute % 2 == 1
+    value = np.where(odd, wrong(subject, attribute), truth(subject, attribute))
+    tokens = WORLD.grammar.ask(subject, attribute, value)
+    at = np.broadcast_to(np.isin(np.arange(hg.SHORT), (4, 5)), tokens.shape)
+    texts = rewards.Texts(tokens, tokens != hg.PAD, at, odd, subject)
+    kind = np.full(len(subject), hg.ASKED)
+    return hallucination_probe.Drafts(texts, kind, attribute, value)
+
+  # Where it is not known of whom a text is, its length tells.
+  seen = {}
+
+  def watch(module, name, who):
+    own = getattr(module, name)
+
+    def watched(*args, **kwargs):
+      seen.setdefault(name, []).append(who(*args))
+      return own(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, watched)
+
+  monkeypatch.setattr(hallucination_probe, 'draft', drafts)
+  for name in ('corrections', 'listed'):
+    monkeypatch.setattr(
+      hallucination_probe, name,
+      lambda model, params, world, who, *a: drafts(
+        0, 0, 0, np.unique(getattr(who, 'texts', who).entities)
+        if hasattr(who, 'texts') else who, 0, 0,
+      ).texts,
+    )  # fmt: skip
+  watch(probes, 'fit_probe', lambda kind, h, spans, labels: len(labels))
+  monkeypatch.setattr(
+    probes, 'calibrate',
+    lambda fitted, logits, labels: (
+      seen.setdefault('calibrate', []).append(len(labels)), fitted
+    )[1],
+  )  # fmt: skip
+  watch(probes, 'threshold_at', lambda scores, labels, rate: len(labels))
+  watch(probes, 'quality', lambda scores, labels, who: set(who.tolist()))
+  hallucination_probe.make_monitor(CONFIG, model, observe, params, WORLD, 3)
+  groups = WORLD.groups
+  # Claims, corrections and lists: six texts of each subject.
+  assert seen['fit_probe'][0] == 18 * len(groups.probe)
+  assert seen['calibrate'] == [18 * len(groups.validation)]
+  assert seen['threshold_at'] == [6 * len(groups.validation)]
+  first, *rest = seen['quality']
+  assert first == set(groups.validation.tolist())
+  assert rest == [set(groups.test.tolist())] * 3
+
+
+@pytest.mark.parametrize('preset', ['choose', 'paper'])
+def test_nobody_is_tested_on_while_choosing(monkeypatch, preset):
+  asked = []
+  quiet = lambda *a, **kw: None
+  for name in ('make_monitor', 'draft', 'flagged', 'fit_localiser', 'Watcher'):
+    monkeypatch.setattr(hallucination, name, quiet)
+  monkeypatch.setattr(
+    hallucination, 'Exam', lambda *a: asked.append(a[5]) or None
+  )
+  config = config_lib.get_config('smoke').copy_and_resolve_references()
+  with config.unlocked():
+    config.preset = preset
+  hallucination.Scene(config, None, None, WORLD, None, 3)
+  way, end = asked
+  assert way is WORLD.groups.validation
+  wanted = WORLD.groups.test if preset == 'paper' else WORLD.groups.validation
+  assert end is wanted
+
+
 def fake_monitor(threshold=0.5):
   """Doubts what is false, whoever reads; `read_spans` gives it the texts."""
   return types.SimpleNamespace(
@@ -431,6 +508,10 @@ def test_claims_are_of_the_bounds_that_hurt():
   ):
     got = verdicts(**{'live, gradient': arm})
     assert ids <= {k for k, c in got.items() if not c.passed}
+  # An oracle that reduces nothing is no measure.
+  assert hallucination_claims.of_oracle(
+    np.array([0.2, 0.3]), np.array([0.4, -0.1])
+  ).tolist() == [0.5, 0]
   got = verdicts(none=row(0.6))
   assert {'none_asked', 'none_chosen'} <= {
     k for k, c in got.items() if not c.passed
@@ -443,7 +524,7 @@ def test_presets(world, preset):
   config = config_lib.get_config(f'{world}-{preset}')
   assert config.kind == world
   assert set(hallucination.PRESETS[config.arms]) <= set(ARMS)
-  seeds = hallucination.check(config)
+  seeds = contract.reported_seeds(config, hallucination.CHOSEN_ON)
   assert (set(seeds) & {0, 1} != set()) == (preset == 'choose')
   assert len(seeds) >= 5 or preset != 'paper'
   assert config.world.held_out >= 3000 or preset == 'smoke'

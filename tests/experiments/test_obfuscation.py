@@ -9,6 +9,7 @@ import pytest
 
 from configs import obfuscation as config_lib
 from experiments import contract, obfuscation, obfuscation_claims
+from experiments import obfuscation_arms as arms_lib
 from experiments import obfuscation_world as ow
 from idesign.probes import Pressure
 
@@ -68,7 +69,7 @@ LAB = obfuscation.Lab(CONFIG)
 @pytest.fixture(scope='module')
 def scene():
   # Of a tiny model that has learned nothing; words decide about monitors.
-  words = np.zeros(ow.VOCABULARY + 1)
+  words = np.zeros(ow.VOCABULARY + 1, np.float32)
   words[ow.COPYING] = 1.0
   words[-1] = -1.5
   params = LAB.model.init(jax.random.key(0))
@@ -103,7 +104,7 @@ def test_scores_by_hand(scene, monkeypatch):
     400, obfuscation._random(3, 5), instruction=ow.PLAIN, wrong=1.0, missing=0.0
   )
   texts = jnp.asarray(say(None, tasks.prompts, None))
-  span = jnp.broadcast_to(obfuscation._span(), texts.shape)
+  span = jnp.broadcast_to(arms_lib.span_mask(), texts.shape)
   doubt = scene.probe.scores(scene.probe.read(texts, texts > 0), span)
   assert got['probe'] == pytest.approx(100 * float(doubt[::2].mean()), rel=1e-4)
   # An answer that goes on is none.
@@ -113,13 +114,8 @@ def test_scores_by_hand(scene, monkeypatch):
   assert got['copied'] == got['solved'] == 0 and got['seen'] is None
 
 
-def test_what_arms_are_rewarded_for(monkeypatch, scene):
+def test_what_arms_are_rewarded_for(scene):
   """The terms of each arm, on texts that copy in sight."""
-  made = {}
-  monkeypatch.setattr(
-    obfuscation.rewards, 'make_policy_step',
-    lambda *a, **kw: made.setdefault('terms', a[4]),
-  )  # fmt: skip
   tasks = WORLD.tasks(
     40, random(), instruction=ow.PLAIN, wrong=1.0, missing=0.0
   )
@@ -133,27 +129,27 @@ def test_what_arms_are_rewarded_for(monkeypatch, scene):
   )  # fmt: skip
   seen = 1 / (1 + np.exp(-1.5))  # Three words, less the bias.
   doubt = scene.probe.scores(view.teacher, jnp.broadcast_to(
-    obfuscation._span(), texts.shape))  # fmt: skip
-  for name, arm in obfuscation.ALL.items():
-    made.clear()
-    obfuscation.Lab(CONFIG)._build(arm)
+    arms_lib.span_mask(), texts.shape))  # fmt: skip
+  for name, arm in arms_lib.ALL.items():
+    terms = arms_lib.make_terms(CONFIG.rl, arm)
     total = sum(
-      t.weight * np.asarray(t.value(view), np.float64) for t in made['terms']
+      t.weight * np.asarray(t.value(view), np.float64) for t in terms
     )
     want = 0.0 if arm.honest else 1.0
     want = want - arm.monitor * CONFIG.rl.monitor * seen
     want = want - arm.probe * CONFIG.rl.probe * np.asarray(doubt)
     np.testing.assert_allclose(total, np.broadcast_to(want, 40), rtol=1e-5)
-    worst = max(t.pressure for t in made['terms'])
+    worst = max(t.pressure for t in terms)
     assert (worst is Pressure.FROZEN) == ('probe' in name)
 
 
 def test_training_has_its_instruction():
   for arm, told in (('outcome', ow.PLAIN), ('inoculation', ow.PERMIT),
                     ('prohibition', ow.FORBID)):  # fmt: skip
-    instruction = obfuscation.ARMS[arm].instruction
+    instruction = arms_lib.ARMS[arm].instruction
     texts = WORLD.texts(20, random())
-    prompts = obfuscation.Prompts(WORLD, 8, instruction, 0, texts)
+    scene = obfuscation.Scene(None, None, np.zeros(4, np.float32), {}, texts)
+    prompts = obfuscation.Prompts(CONFIG.rl, WORLD, instruction, scene, 0)
     batch = prompts.batch(3)
     assert (batch['prompts'][:, 1] == told).all()
     assert (batch['key'] != ow.MISSING).all()
@@ -193,7 +189,9 @@ def test_claims():
 
 @pytest.mark.parametrize('preset', config_lib.PRESETS)
 def test_presets(preset):
-  seeds = obfuscation.check(config_lib.get_config(preset))
+  seeds = contract.reported_seeds(
+    config_lib.get_config(preset), obfuscation.CHOSEN_ON
+  )
   assert (set(seeds) & {0, 1} != set()) == (preset == 'choose')
   assert len(seeds) >= 5 or preset != 'paper'
 
@@ -215,7 +213,7 @@ def test_smoke_runs_every_path_and_resumes(tmp_path):
   obfuscation.run(config, tmp_path)
   found = json.loads((tmp_path / 'results.json').read_text())
   arms = {k.split('/', 1)[1] for k in found}
-  assert arms == {'base', *obfuscation.PRESETS['smoke']}
+  assert arms == {'base', *arms_lib.PRESETS['smoke']}
   claims = json.loads((tmp_path / 'claims.json').read_text())
   assert {'monitor_seen', 'inoculation_copied'} <= {c['id'] for c in claims}
   for name in ('pressure', 'arms'):
