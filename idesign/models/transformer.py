@@ -11,7 +11,7 @@ from idesign.models import blocks as blocks_lib
 from idesign.models.attention import KVCache, softcap
 from idesign.models.config import TransformerConfig
 from idesign.models.functional import Model, functional
-from idesign.models.layers import norm, rope_angles
+from idesign.models.layers import flat_dot, norm, rope_angles
 
 
 def transformer(config: TransformerConfig) -> Model:
@@ -75,6 +75,7 @@ class _Transformer(nnx.Module):
         dtype=config.dtypes.compute,
         param_dtype=config.dtypes.param,
         preferred_element_type=config.dtypes.output,
+        dot_general=flat_dot,
         rngs=rngs,
       )
 
@@ -157,11 +158,8 @@ class _Transformer(nnx.Module):
     if not self.config.tie_embeddings:
       return self.lm_head(h_BTD)
     kernel_DV = self.embed.embedding[...].astype(h_BTD.dtype).T
-    return jax.lax.dot_general(
-      h_BTD,
-      kernel_DV,
-      (((2,), (0,)), ((), ())),
-      preferred_element_type=self.config.dtypes.output,
+    return flat_dot(
+      h_BTD, kernel_DV, preferred_element_type=self.config.dtypes.output
     )
 
 

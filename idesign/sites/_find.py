@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +17,9 @@ _SAME = frozenset({
     'convert_element_type', 'reduce_precision', 'copy', 'copy_p', 'name',
     'sharding_constraint', 'mesh_cast', 'reshard', 'optimization_barrier',
 })  # fmt: skip
+
+
+Axes = tuple[int, ...] | None  # Sizes of the first axes before they were one.
 
 
 class UnsupportedUseError(ValueError):
@@ -39,27 +44,33 @@ class _Walk:
     self.found: list[tuple[View, Product, Any, Any]] = []
     self.unread: list[Use] = []
 
-  def jaxpr(self, jaxpr, views: list[View | None], plan) -> list[View | None]:
+  def jaxpr(
+    self, jaxpr, views: list[View | None], plan, merged: list[Axes] = ()
+  ) -> list[View | None]:
     env = {v: view for v, view in zip(jaxpr.invars, views) if view is not None}
+    axes = dict(zip(jaxpr.invars, merged))
     for i, eqn in enumerate(jaxpr.eqns):
-      operands = [
-        None if _jaxpr.is_literal(v) else env.get(v) for v in eqn.invars
-      ]
+      operands, first = (
+        [None if _jaxpr.is_literal(v) else of.get(v) for v in eqn.invars]
+        for of in (env, axes)
+      )
+      if eqn.primitive.name == 'reshape':
+        axes[eqn.outvars[0]] = _merged(eqn, first[0])
       if any(v is not None for v in operands):
-        outs = self.equation(i, eqn, operands, plan)
+        outs = self.equation(i, eqn, operands, plan, first)
         env.update({v: o for v, o in zip(eqn.outvars, outs) if o is not None})
     return [None if _jaxpr.is_literal(v) else env.get(v) for v in jaxpr.outvars]
 
-  def equation(self, i, eqn, operands, plan) -> list[View | None]:
+  def equation(self, i, eqn, operands, plan, merged) -> list[View | None]:
     name = eqn.primitive.name
     if name == 'dot_general':
-      self.dot(i, eqn, operands, plan)
+      self.dot(i, eqn, operands, plan, merged)
     elif name == 'scan':
       return self.scan(i, eqn, operands, plan)
     elif name in _jaxpr.CALLS or name in _jaxpr.REMATS:
       body, _ = _jaxpr.inner(eqn)
       below = _jaxpr.Plan()
-      outs = self.jaxpr(body, operands, below)
+      outs = self.jaxpr(body, operands, below, merged)
       if below.keys():
         plan.inside[i] = below
       return outs
@@ -128,7 +139,7 @@ class _Walk:
         below.steps[key] = steps
     return out_views
 
-  def dot(self, i, eqn, operands, plan) -> None:
+  def dot(self, i, eqn, operands, plan, merged) -> None:
     out = eqn.outvars[0].aval
     chosen = self.selected(operands)
     if chosen and all(v is not None for v in operands):
@@ -151,34 +162,59 @@ class _Walk:
           f'{view.pattern.text!r} asks for layers, but {view.path!r} is '
           f'sliced by {len(view.stack)} scans; layers need exactly one.'
         )
+      # Where a reshape made the first axes of `x` one, they are told apart.
+      first = merged[1 if weight_first else 0] or ()
+      first = () if 0 in x_contract else first
       x, w = x.aval, w.aval
-      x_free = tuple(a for a in range(x.ndim) if a not in x_contract)
+      shape = (*first, *x.shape[1:]) if first else x.shape
+      later = len(shape) - x.ndim
+      x_contract = tuple(a + later for a in x_contract)
+      x_free = tuple(a for a in range(len(shape)) if a not in x_contract)
       axis = self.example_axis
-      if axis not in x_free or x.shape[axis] != self.num_examples:
+      if axis not in x_free or shape[axis] != self.num_examples:
         raise UnsupportedUseError(
           view.path,
           'dot_general',
-          f'axis {axis} of the layer input {x.str_short()} is not the '
+          f'axis {axis} of the layer input {_short(x, shape)} is not the '
           f'{self.num_examples} examples of the loss. Name the example axis '
           'with example_axis.',
         )
-      alike = sum(x.shape[a] == self.num_examples for a in x_free)
+      alike = sum(shape[a] == self.num_examples for a in x_free)
       if alike > 1 and not self.checked:
         raise UnsupportedUseError(
           view.path,
           'dot_general',
-          f'{alike} axes of the layer input {x.str_short()} have the size of '
-          'the batch, and the loss cannot be traced with one example more to '
-          'tell which is the examples: it closes over arrays of that size, or '
-          'insists on it. Pass such arrays in the batch.',
+          f'{alike} axes of the layer input {_short(x, shape)} have the size '
+          'of the batch, and the loss cannot be traced with one example more '
+          'to tell which is the examples: it closes over arrays of that size, '
+          'or insists on it. Pass such arrays in the batch.',
         )
       product = Product(
-          weight_first, axis, x_free, tuple(x_contract),
+          weight_first, axis, x_free, x_contract,
           tuple(a for a in range(w.ndim) if a not in w_contract),
-          tuple(w_contract), tuple(w.shape),
+          tuple(w_contract), tuple(w.shape), first,
       )  # fmt: skip
       plan.marks[i] = (len(self.found),)
       self.found.append((view, product, x, out))
+
+
+def _merged(eqn, known: Axes) -> Axes:
+  """The axes that are the first one of a reshape's result.
+
+  Args:
+    eqn: the reshape.
+    known: the axes that are the first one of its operand, if several.
+  """
+  before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+  for many in range(1, len(before) + 1):
+    if after and math.prod(before[:many]) == after[0]:
+      axes = (*(known or before[:1]), *before[1:many])
+      return axes if len(axes) > 1 else None
+  return None
+
+
+def _short(x, shape) -> str:
+  return f'{x.dtype}[{",".join(map(str, shape))}]'
 
 
 def _keeps_values(eqn) -> bool:

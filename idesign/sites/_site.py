@@ -96,7 +96,10 @@ class View:
 
 
 class Product(NamedTuple):
-  """The roles of the axes of one `dot_general` between `x` and a weight."""
+  """The roles of the axes of one `dot_general` between `x` and a weight.
+
+  Axes of `x` are counted as they were before a reshape made the first ones one.
+  """
 
   weight_first: bool
   x_batch: int
@@ -105,9 +108,12 @@ class Product(NamedTuple):
   w_free: tuple[int, ...]
   w_contract: tuple[int, ...]
   w_shape: tuple[int, ...]
+  merged: tuple[int, ...] = ()  # Axes of `x` that the product has as one.
 
   def x(self, x: Array) -> Array:
     """The layer's input as `[B, T, d_in]`."""
+    if self.merged:
+      x = x.reshape(*self.merged, *x.shape[1:])
     others = tuple(a for a in self.x_free if a != self.x_batch)
     x = jnp.transpose(x, (self.x_batch, *others, *self.x_contract))
     return _three(x, len(others))
@@ -115,6 +121,9 @@ class Product(NamedTuple):
   def dy(self, dy: Array) -> Array:
     """The output's cotangent as `[B, T, d_out]`."""
     first = len(self.w_free) if self.weight_first else 0
+    if self.merged:
+      shape = dy.shape
+      dy = dy.reshape(*shape[:first], *self.merged, *shape[first + 1 :])
     place = {a: first + i for i, a in enumerate(self.x_free)}
     others = [place[a] for a in self.x_free if a != self.x_batch]
     outs = [a for a in range(dy.ndim) if a not in place.values()]

@@ -25,6 +25,13 @@ NOT_EXAMPLES = {
   'time-major': lambda p, x: total(
     jnp.swapaxes(jnp.swapaxes(x, 0, 1) @ p['w'], 0, 1)
   ),
+  'time-major rows': lambda p, x: total(
+    jnp.swapaxes(
+      (jnp.swapaxes(x, 0, 1).reshape(-1, D) @ p['w']).reshape(-1, len(x), D),
+      0,
+      1,
+    )
+  ),
   'positions': lambda p, x: total(x + (normal(8, B, D) @ p['w'])[None]),
   'of parameters': lambda p, x: total(x @ (jnp.tanh(p['v']) @ p['w'])),
 }

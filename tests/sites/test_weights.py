@@ -298,6 +298,50 @@ def test_the_example_axis_can_be_stated():
     sites.find_sites(time_major, params, x)
 
 
+def _rows_left(w, x):
+  y = jnp.einsum('df,nd->fn', w, x.reshape(-1, x.shape[-1]))
+  return jnp.moveaxis(y.reshape(-1, *x.shape[:-1]), 0, -1)
+
+
+FLAT = {
+  'rows': lambda w, x: (x.reshape(-1, D) @ w).reshape(*x.shape[:-1], -1),
+  'inside a call': lambda w, x: jax.jit(jnp.matmul, inline=False)(
+    x.reshape(-1, D), w
+  ).reshape(*x.shape[:-1], -1),
+  'weight first': _rows_left,
+  'heads': lambda w, x: jnp.einsum(
+    'nhk,hkf->nf', x.reshape(-1, 2, D // 2), w.reshape(2, D // 2, -1)
+  ).reshape(*x.shape[:-1], -1),
+}
+
+
+@pytest.mark.parametrize('example_axis', [0, 1])
+@pytest.mark.parametrize('ndim', [3, 4])
+@pytest.mark.parametrize('form', FLAT)
+def test_rows_of_all_examples_as_one_axis(form, ndim, example_axis):
+  x = X if ndim == 3 else jnp.stack([X, 2 * X[..., ::-1]], axis=2)
+  x = jnp.moveaxis(x, 0, example_axis)
+  params = {'w': normal(1, D, F)}
+
+  def loss(p, x):
+    y = FLAT[form](p['w'], x)
+    return jnp.moveaxis(jnp.cos(y), example_axis, 0).reshape(len(X), -1).sum(1)
+
+  statistics = {
+    'g': sites.per_example_gradient,
+    'n': sites.per_example_squared_norm,
+  }
+  read = sites.collect(loss, statistics, example_axis=example_axis)
+  values = read(params, x).values
+  expected = jax.jacrev(loss)(params, x)['w']
+  close(values['g']['w'], expected)
+  close(values['n']['w'], jnp.sum(expected**2, axis=(1, 2)))
+  (site,) = sites.find_sites(
+    loss, params, x, example_axis=example_axis
+  ).sites
+  assert site.num_positions == x.size // len(X) // D
+
+
 def test_inputs_of_a_statistic_are_checked():
   read = sites.collect(stack_loss, {'p': sites.direction_product}, 'blocks/up')
   with pytest.raises(ValueError, match="nothing for site 'blocks/up'"):
