@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from flax import nnx
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from idesign.models.config import BlockConfig, TransformerConfig
-from idesign.models.layers import RMSNorm, linear, residual_gain, rotate
+from idesign.models.layers import (
+  RMSNorm, linear, recomputed, residual_gain, rotate,
+)  # fmt: skip
 
 
 class KVCache(NamedTuple):
@@ -20,15 +23,15 @@ class KVCache(NamedTuple):
   `valid_BS` says which hold real tokens.
 
   Attributes:
-    k_LBSKH: rotated keys: layers, batch, slots, key-value heads, head_dim.
-    v_LBSKH: values, likewise.
+    k_LBKSH: rotated keys: layers, batch, key-value heads, slots, head_dim.
+    v_LBKSH: values, likewise.
     positions_BS: position of each slot's token in its own sequence.
     valid_BS: whether a slot holds a real token.
     length: number of slots filled, a scalar.
   """
 
-  k_LBSKH: Float[Array, 'L B S K H']
-  v_LBSKH: Float[Array, 'L B S K H']
+  k_LBKSH: Float[Array, 'L B K S H']
+  v_LBKSH: Float[Array, 'L B K S H']
   positions_BS: Int[Array, 'B S']
   valid_BS: Bool[Array, 'B S']
   length: Int[Array, '']
@@ -47,10 +50,10 @@ def init_cache(config: TransformerConfig, batch: int, slots: int) -> KVCache:
       f'a cache of {slots} slots, but there are learned positions for '
       f'max_len={config.max_len}.'
     )
-  shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
+  shape = (config.n_layers, batch, config.n_kv_heads, slots, config.head_dim)
   return KVCache(
-    k_LBSKH=jnp.zeros(shape, config.dtypes.compute),
-    v_LBSKH=jnp.zeros(shape, config.dtypes.compute),
+    k_LBKSH=jnp.zeros(shape, config.dtypes.compute),
+    v_LBKSH=jnp.zeros(shape, config.dtypes.compute),
     positions_BS=jnp.zeros((batch, slots), jnp.int32),
     valid_BS=jnp.zeros((batch, slots), bool),
     length=jnp.zeros((), jnp.int32),
@@ -58,11 +61,29 @@ def init_cache(config: TransformerConfig, batch: int, slots: int) -> KVCache:
 
 
 class KeySlots(NamedTuple):
-  """One layer's part of a cache, and where new keys go in it."""
+  """A cache's keys and values, and where in it a layer's new ones go."""
 
-  k_BSKH: Float[Array, 'B S K H']
-  v_BSKH: Float[Array, 'B S K H']
+  k_LBKSH: Float[Array, 'L B K S H']
+  v_LBKSH: Float[Array, 'L B K S H']
+  layer: Int[Array, '']
   start: Int[Array, '']
+
+  def written(self, k_BKTH: Array, v_BKTH: Array) -> KeySlots:
+    """With new keys and values; in place where XLA may."""
+    at = (self.layer, 0, 0, self.start, 0)
+    write = lambda slots, new: jax.lax.dynamic_update_slice(
+      slots, new[None], at
+    )
+    return self._replace(
+      k_LBKSH=write(self.k_LBKSH, k_BKTH), v_LBKSH=write(self.v_LBKSH, v_BKTH)
+    )
+
+  def read(self) -> tuple[Float[Array, 'B K S H'], Float[Array, 'B K S H']]:
+    """The layer's keys and values."""
+    read = lambda slots: jax.lax.dynamic_index_in_dim(
+      slots, self.layer, keepdims=False
+    )
+    return read(self.k_LBKSH), read(self.v_LBKSH)
 
 
 class Attention(nnx.Module):
@@ -115,28 +136,19 @@ class Attention(nnx.Module):
     """
     cfg = self.config
     q_BTNH = self._heads(self.q(h_BTD), cfg.n_heads, 'q_norm')
-    k_BSKH = self._heads(self.k(h_BTD), cfg.n_kv_heads, 'k_norm')
-    v_BSKH = self._heads(self.v(h_BTD), cfg.n_kv_heads, None)
+    k_BTKH = self._heads(self.k(h_BTD), cfg.n_kv_heads, 'k_norm')
+    v_BTKH = self._heads(self.v(h_BTD), cfg.n_kv_heads, None)
     if angles_BTR is not None:
-      q_BTNH, k_BSKH = rotate(q_BTNH, angles_BTR), rotate(k_BSKH, angles_BTR)
-    if slots is not None:
-      at = (0, slots.start, 0, 0)
-      k_BSKH = jax.lax.dynamic_update_slice(slots.k_BSKH, k_BSKH, at)
-      v_BSKH = jax.lax.dynamic_update_slice(slots.v_BSKH, v_BSKH, at)
-      slots = slots._replace(k_BSKH=k_BSKH, v_BSKH=v_BSKH)
-
+      q_BTNH, k_BTKH = rotate(q_BTNH, angles_BTR), rotate(k_BTKH, angles_BTR)
     batch, time = h_BTD.shape[:2]
     q_BTKGH = q_BTNH.reshape(batch, time, cfg.n_kv_heads, -1, cfg.head_dim)
-    scores_BKGTS = jnp.einsum(
-      'BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
-    scale = cfg.head_dim**-0.5 if cfg.attn_scale is None else cfg.attn_scale
-    scores_BKGTS = scores_BKGTS * scale
-    scores_BKGTS = softcap(scores_BKGTS, cfg.attn_softcap)
-    weights_BKGTS = _masked_softmax(scores_BKGTS, mask_BTS)
-    out_BTKGH = jnp.einsum(
-      'BKGTS,BSKH->BTKGH', weights_BKGTS.astype(v_BSKH.dtype), v_BSKH
-    )
+    q_BKGTH = jnp.moveaxis(q_BTKGH, 1, 3)
+    k_BKSH, v_BKSH = jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2)
+    if slots is not None:
+      slots = slots.written(k_BKSH, v_BKSH)
+      k_BKSH, v_BKSH = slots.read()
+    out_BKGTH = _attend(q_BKGTH, k_BKSH, v_BKSH, mask_BTS, cfg)
+    out_BTKGH = jnp.moveaxis(out_BKGTH, 3, 1)
     return self.o(out_BTKGH.reshape(batch, time, -1)), slots
 
   def _heads(self, x_BTE: Array, heads: int, norm: str | None) -> Array:
@@ -153,15 +165,34 @@ def softcap(x: Array, cap: float | None) -> Array:
   return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def _masked_softmax(
-  scores_BKGTS: Float[Array, 'B K G T S'],
+# There are as many scores as pairs of tokens: for the backward pass a layer
+# keeps queries, keys and values, and scores are computed again.
+@functools.partial(recomputed, static_argnums=4)
+def _attend(
+  q_BKGTH: Float[Array, 'B K G T H'],
+  k_BKSH: Float[Array, 'B K S H'],
+  v_BKSH: Float[Array, 'B K S H'],
   mask_BTS: Bool[Array, 'B T S'] | None,
-) -> Float[Array, 'B K G T S']:
+  config: BlockConfig,
+) -> Float[Array, 'B K G T H']:
+  scores_BKGTS = jnp.einsum(
+    'BKGTH,BKSH->BKGTS', q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
+  )
+  scale = config.attn_scale
+  scores_BKGTS = scores_BKGTS * (
+    config.head_dim**-0.5 if scale is None else scale
+  )
+  scores_BKGTS = softcap(scores_BKGTS, config.attn_softcap)
+  if mask_BTS is not None:
+    # Added, not chosen by `where`: one small array for all heads. It is finite,
+    # so that the softmax of a query that may see nothing is not 0/0.
+    floor = jnp.finfo(scores_BKGTS.dtype).min
+    scores_BKGTS = scores_BKGTS + jnp.where(mask_BTS, 0, floor)[:, None, None]
+  weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+  out_BKGTH = jnp.einsum(
+    'BKGTS,BKSH->BKGTH', weights_BKGTS.astype(v_BKSH.dtype), v_BKSH
+  )
   if mask_BTS is None:
-    return jax.nn.softmax(scores_BKGTS, axis=-1)
-  # A query that may see nothing: the finite floor keeps its softmax from being
-  # 0/0, and the second `where` makes its uniform weights zeros.
-  mask = mask_BTS[:, None, None]
-  floor = jnp.finfo(scores_BKGTS.dtype).min
-  weights = jax.nn.softmax(jnp.where(mask, scores_BKGTS, floor), axis=-1)
-  return jnp.where(mask, weights, 0)
+    return out_BKGTH
+  sees_BT = jnp.any(mask_BTS, axis=2)
+  return jnp.where(sees_BT[:, None, None, :, None], out_BKGTH, 0)

@@ -111,26 +111,34 @@ def run(
     )
     local_L = jnp.array([w is not None for w in config.sliding_window])
 
-  def body(x_BTD: Array, layer):
-    state, window, local, kv = layer
-    slots = None if kv is None else KeySlots(*kv, start=cache.length)
+  def body(carry, layer):
+    x_BTD, slots = carry
+    state, window, local, i = layer
     mask = mask_BTS
     if window is not None:
       mask = mask_BTS & (distance_BTS < window)
     angles = angles_BTR
     if local_angles_BTR is not None:
       angles = jnp.where(local, local_angles_BTR, angles_BTR)
-    x_BTD, slots = nnx.merge(graphdef, state)(
+    if slots is not None:
+      slots = slots._replace(layer=i)
+    carry = nnx.merge(graphdef, state)(
       x_BTD, mask_BTS=mask, angles_BTR=angles, slots=slots
     )
-    return x_BTD, None if slots is None else (slots.k_BSKH, slots.v_BSKH)
+    return carry, None
 
   if config.remat:
     body = jax.checkpoint(body, prevent_cse=False)
-  kv = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
-  x_BTD, kv = jax.lax.scan(
-    body, x_BTD, (layers, windows_L, local_L, kv), unroll=config.unroll
+  layers_L = jnp.arange(config.n_layers, dtype=jnp.int32)
+  slots = None
+  if cache is not None:
+    slots = KeySlots(cache.k_LBKSH, cache.v_LBKSH, layers_L[0], cache.length)
+  (x_BTD, slots), _ = jax.lax.scan(
+    body,
+    (x_BTD, slots),
+    (layers, windows_L, local_L, layers_L),
+    unroll=config.unroll,
   )
   if cache is None:
     return x_BTD, None
-  return x_BTD, cache._replace(k_LBSKH=kv[0], v_LBSKH=kv[1])
+  return x_BTD, cache._replace(k_LBKSH=slots.k_LBKSH, v_LBKSH=slots.v_LBKSH)

@@ -129,17 +129,19 @@ def _generate(
     logits_BV = logits_BV.astype(jnp.float32)
     kept_BV = filter_logits(logits_BV, temperature, top_k=top_k, top_p=top_p)
     keys_B = jax.vmap(lambda k: jax.random.fold_in(k, step))(row_keys_B)
-    tokens_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
-    tokens_B = tokens_B.astype(jnp.int32)
-
-    def logprob(scores_BV):
-      logprobs_BV = jax.nn.log_softmax(scores_BV, axis=-1)
-      return jnp.take_along_axis(logprobs_BV, tokens_B[:, None], 1)[:, 0]
+    logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    kept_logprobs_BV = jax.nn.log_softmax(kept_BV, axis=-1)
+    uniform_B = jax.vmap(jax.random.uniform)(keys_B)
+    tokens_B = _inverse_cdf(uniform_B, kept_logprobs_BV)
+    own_B, sampled_B = (
+      jnp.take_along_axis(x_BV, tokens_B[:, None], axis=1)[:, 0]
+      for x_BV in (logprobs_BV, kept_logprobs_BV)
+    )
 
     done_B = state['done']
     tokens_B = jnp.where(done_B, pad_token, tokens_B)
-    own_B = jnp.where(done_B, 0, logprob(logits_BV))
-    sampled_B = jnp.where(done_B, 0, logprob(kept_BV))
+    own_B = jnp.where(done_B, 0, own_B)
+    sampled_B = jnp.where(done_B, 0, sampled_B)
     stopped_B = jnp.any(tokens_B[:, None] == stop_tokens_K[None], axis=1)
     out = state['out']
     return {
@@ -188,6 +190,26 @@ def _generate(
 
   carry = (jnp.ones((), jnp.int32), state, cache)
   return jax.lax.while_loop(unfinished, decode, carry)[1]['out']
+
+
+def _inverse_cdf(
+  uniform_B: Float[Array, 'B'], logprobs_BV: Float[Array, 'B V']
+) -> Int[Array, 'B']:
+  """The first token whose cumulative probability is above `uniform`.
+
+  One random number a row: one for each token of the vocabulary (the Gumbel
+  trick) can cost as much as a small model, and is as fine, 24 bits.
+  """
+  probs_BV = jnp.exp(logprobs_BV)
+  cdf_BV = jnp.cumsum(probs_BV, axis=-1)
+  # Sums in another order are not quite monotone: what has no probability must
+  # not be chosen for that.
+  above_BV = (cdf_BV > uniform_B[:, None] * cdf_BV[:, -1:]) & (probs_BV > 0)
+  first_B = jnp.argmax(above_BV, axis=-1)
+  # A uniform of almost 1 may have nothing above.
+  likeliest_B = jnp.argmax(probs_BV, axis=-1)
+  tokens_B = jnp.where(jnp.any(above_BV, axis=-1), first_B, likeliest_B)
+  return tokens_B.astype(jnp.int32)
 
 
 def filter_logits(

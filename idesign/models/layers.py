@@ -42,7 +42,7 @@ def _gain(scale_D: Array, like: Array, unit_offset: bool) -> Array:
 # What is elementwise keeps nothing but its inputs for the backward pass and is
 # done again there: that is cheap, and anything kept is kept for every layer of
 # the stack. In a scan nothing could undo this, so there is nothing to prevent.
-_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 class RMSNorm(nnx.Module):
@@ -62,7 +62,7 @@ class RMSNorm(nnx.Module):
     return _rms_norm(x, self.scale[...], self.unit_offset, self.eps)
 
 
-@functools.partial(_recomputed, static_argnums=(2, 3))
+@functools.partial(recomputed, static_argnums=(2, 3))
 def _rms_norm(x: Array, scale: Array, unit_offset: bool, eps: float) -> Array:
   x32 = x.astype(jnp.float32)
   y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
@@ -88,7 +88,7 @@ class LayerNorm(nnx.Module):
     )
 
 
-@functools.partial(_recomputed, static_argnums=(3, 4))
+@functools.partial(recomputed, static_argnums=(3, 4))
 def _layer_norm(
   x: Array, scale: Array, bias: Array, unit_offset: bool, eps: float
 ) -> Array:
@@ -174,10 +174,10 @@ class MLP(nnx.Module):
   def __call__(self, h_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
     activate = _ACTIVATIONS[self.config.activation]
     if self.config.gated:
-      gated = _recomputed(lambda gate, up: activate(gate) * up)
+      gated = recomputed(lambda gate, up: activate(gate) * up)
       h_BTF = gated(self.gate(h_BTD), self.up(h_BTD))
     else:
-      h_BTF = _recomputed(activate)(self.up(h_BTD))
+      h_BTF = recomputed(activate)(self.up(h_BTD))
     return self.down(h_BTF)
 
 

@@ -331,7 +331,7 @@ def test_dtypes_are_those_of_the_policy(name, compute):
       cache,
     )
   assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(params))
-  assert cache.k_LBSKH.dtype == compute
+  assert cache.k_LBKSH.dtype == compute
   assert logits.dtype == jnp.float32
 
 
