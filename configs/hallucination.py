@@ -10,6 +10,17 @@ seeds of the arms that show the point, some two hours on one core), `paper`
 (five seeds: of `people` every arm, of `facts` those of `cpu`), and `choose`:
 those of `cpu` on seeds 0 and 1, measured on validation subjects, on which
 settings were chosen; nothing is claimed of them.
+
+`full` is another command: an instruct model of your own and its graded answers
+(`experiments/hallucination_text.py` describes the files), on accelerators:
+
+  python -m experiments.hallucination --config=configs/hallucination.py:full \
+      --config.model.path=MODEL --config.graded=GRADED.jsonl \
+      --config.prompts="('PROMPTS.jsonl',)" --workdir=runs/hallucination-full
+
+It prints what memory and time it will take before it begins. As configured, a
+model of a billion parameters on eight chips of a TPU v5e takes of the order of
+a day; the published run, of 12 billion, took 12 hours on 128 H200.
 """
 
 import ml_collections
@@ -20,12 +31,14 @@ PRESETS = ('smoke', 'cpu', 'paper', 'choose')
 
 def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   """The config of `[world-]preset`, locked."""
+  if preset == 'full':
+    return _full().lock()
   world, _, name = preset.rpartition('-')
   world = world or 'people'
   if world not in WORLDS or name not in PRESETS:
     raise ValueError(
       f'Unknown preset {preset!r}: it is [WORLD-]PRESET with a world of '
-      f'{WORLDS} and a preset of {PRESETS}, such as people-cpu.'
+      f'{WORLDS} and a preset of {PRESETS}, such as people-cpu, or full.'
     )
   config = ml_collections.ConfigDict()
   config.preset = name
@@ -173,3 +186,63 @@ def _smoke(config) -> None:
   r.retained, r.drafts, r.every = 2, 8, 2
   config.exam.texts, config.exam.curve_texts, config.exam.best_of = 8, 8, 4
   config.exam.lists = 4
+
+
+def _full() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.preset = 'full'
+  config.kind = 'text'
+  config.seed = 2
+  config.num_seeds = 1
+  config.arms = ('none', 'frozen')
+  config.model = ml_collections.ConfigDict(
+    {'path': '', 'dtype': 'bfloat16', 'remat': True}
+  )
+  config.graded = ''  # A file of graded texts.
+  config.prompts = ('',)  # Files of prompts, such as LongFact's.
+  config.mesh = ml_collections.ConfigDict({'data': -1, 'model': 1})
+  config.lengths = ml_collections.ConfigDict(
+    {'prompt': 256, 'completion': 1024}  # Tokens.
+  )
+  config.probe = ml_collections.ConfigDict(
+    {
+      'kind': 'attention',
+      # Of 48 layers the published probes read 20 and 30.
+      'activations': ('resid_post[6:7]', 'resid_post[10:11]'),
+      'hidden': 128,  # Of each head.
+      'heads': 16,
+      'steps': 3000,
+      'batch': 16,  # Texts that are read at a time.
+      'tokens': 200_000,  # At most, to learn where claims are.
+      'most_claims': 64,  # That are read in an answer.
+      'false_positive_rate': 0.2,
+      'minimum_auroc': 0.9,
+      'accept_weak_probe': False,
+    }
+  )
+  config.rl = ml_collections.ConfigDict(
+    {
+      'steps': 300,
+      'prompts': 16,  # Of a batch.
+      'group': 16,
+      'adapted': 'blocks/.*/kernel',
+      'rank': 32,
+      'alpha': 64.0,
+      'learning_rate': 2e-5,
+      'weight': 2.0,  # Of a doubt.
+      'gain': 0.2,  # Of the constraint on claims.
+      'cap': 4.0,  # Of the importance ratio.
+      'divergence': 'k1',
+      'divergence_weight': 0.02,
+      'minibatches': 4,
+      'save_every': 25,
+    }
+  )
+  config.exam = ml_collections.ConfigDict(
+    {
+      'prompts': 256,  # Held out; two answers to each.
+      'batch': 32,  # Of them at a time.
+      'audit': 1024,  # Graded claims that every arm reads.
+    }
+  )
+  return config

@@ -18,7 +18,7 @@ import pathlib
 import jax
 import tqdm
 
-from experiments import contract, hallucination_figures
+from experiments import contract, hallucination_figures, hallucination_full
 from experiments.hallucination_arms import (
   ARMS, INTERVENTIONS, MAIN, Prompts, Trainer, settings,
 )  # fmt: skip
@@ -138,6 +138,9 @@ def make_world(config, seed: int):
 
 def run(config, folder: pathlib.Path) -> None:
   """Trains bases, probes and every arm; resumes by arm and seed."""
+  if config.preset == 'full':
+    hallucination_full.run(config, folder)
+    return
   seeds = contract.reported_seeds(config, CHOSEN_ON)
   worlds = [make_world(config, seed) for seed in seeds]
   data = [a for w in worlds for a in (w.true, w.status, *w.groups)]

@@ -131,14 +131,11 @@ class Exam:
 
 def flagged(monitor: Monitor, drafts: Drafts) -> Drafts:
   """Those that the monitor doubts."""
-  doubt = _scores(monitor.probe, drafts.texts)
+  texts = drafts.texts
+  doubt = probes.score_spans(
+    monitor.probe, texts.tokens, texts.mask, texts.spans
+  )
   return drafts.rows(doubt >= monitor.threshold)
-
-
-def _scores(probe, texts) -> np.ndarray:
-  h = probes.read_spans(probe.observe, probe.params, texts.tokens, texts.mask)
-  logits = probes.probe_logits(probe.config, probe.probe, h, texts.spans)
-  return np.asarray(jax.nn.sigmoid(logits[:, 0]))
 
 
 @jax.jit
@@ -185,10 +182,7 @@ def best_of(config, model, params, world, monitor, questions, key, most: int):
     texts = say(model, params, questions.prompts, jax.random.fold_in(key, i))
     said = grade(world, texts, questions)
     at = np.asarray(spans(questions.kind)[0])
-    doubt = _scores(
-      monitor.probe,
-      rewards.Texts(texts, texts != PAD, at, ~said.right, questions.subject),
-    )
+    doubt = probes.score_spans(monitor.probe, texts, texts != PAD, at)
     claims.append(said.claim)
     right.append(said.right)
     values.append(worth(config.rl, questions.kind, said, doubt))

@@ -263,11 +263,6 @@ class Watcher:
     text = _Lists(self._world, asked.subject)
     text.tokens, text.lengths = asked.tokens.copy(), asked.lengths.copy()
     text.add(corrected, action, value)
-    probe = self._monitor.probe
-    h = probes.read_spans(
-      probe.observe, probe.params, text.tokens, text.tokens != PAD
+    return probes.score_spans(
+      self._monitor.probe, text.tokens, text.tokens != PAD, text.last_span()
     )
-    logits = probes.probe_logits(
-      probe.config, probe.probe, h, text.last_span()
-    )[:, 0]
-    return np.asarray(jax.nn.sigmoid(logits))

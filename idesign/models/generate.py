@@ -132,7 +132,7 @@ def _generate(
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     kept_logprobs_BV = jax.nn.log_softmax(kept_BV, axis=-1)
     uniform_B = jax.vmap(jax.random.uniform)(keys_B)
-    tokens_B = _inverse_cdf(uniform_B, kept_logprobs_BV)
+    tokens_B = inverse_cdf(uniform_B, kept_logprobs_BV)
     own_B, sampled_B = (
       jnp.take_along_axis(x_BV, tokens_B[:, None], axis=1)[:, 0]
       for x_BV in (logprobs_BV, kept_logprobs_BV)
@@ -192,7 +192,7 @@ def _generate(
   return jax.lax.while_loop(unfinished, decode, carry)[1]['out']
 
 
-def _inverse_cdf(
+def inverse_cdf(
   uniform_B: Float[Array, 'B'], logprobs_BV: Float[Array, 'B V']
 ) -> Int[Array, 'B']:
   """The first token whose cumulative probability is above `uniform`.

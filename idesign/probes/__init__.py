@@ -22,7 +22,13 @@ from idesign.probes.fit import (
   shuffled_null,
   split_entities,
 )
-from idesign.probes.frozen import FrozenProbe, Pressure, WeakProbeError, freeze
+from idesign.probes.frozen import (
+  FrozenProbe,
+  Pressure,
+  WeakProbeError,
+  freeze,
+  score_spans,
+)
 from idesign.probes.reading import (
   Observation,
   Observe,
@@ -35,5 +41,6 @@ from idesign.probes.spans import (
   align_span,
   find_spans,
   span_mask,
+  span_masks,
   tag_spans,
 )

@@ -17,10 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 from idesign.probes.architectures import ProbeConfig, ProbeParams, apply_probe
 from idesign.probes.calibration import ProbeQuality
-from idesign.probes.reading import Observation, Observe
+from idesign.probes.fit import probe_logits
+from idesign.probes.reading import Observation, Observe, read_spans
 
 
 class Pressure(enum.IntEnum):
@@ -138,3 +140,23 @@ def freeze(
     jax.tree.map(jnp.copy, params), jax.tree.map(jnp.asarray, probe),
     observe, config, quality,
   )  # fmt: skip
+
+
+def score_spans(
+  probe: FrozenProbe,
+  tokens_NT: Int[np.ndarray, 'N T'],
+  mask_NT: Bool[np.ndarray, 'N T'],
+  spans_NT: Bool[np.ndarray, 'N T'],
+  *,
+  batch_size: int = 1024,
+) -> Float[np.ndarray, 'N']:
+  """Scores of many texts, one span each, a batch at a time, on the host.
+
+  Raises:
+    ValueError: for shapes that do not belong together.
+  """
+  h_NTE = read_spans(
+    probe.observe, probe.params, tokens_NT, mask_NT, batch_size=batch_size
+  )
+  logits_NC = probe_logits(probe.config, probe.probe, h_NTE, spans_NT)
+  return np.asarray(jax.nn.sigmoid(logits_NC[:, 0]))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxtyping import Bool, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 
@@ -103,6 +104,25 @@ def find_spans(logits_TC: Float[np.ndarray, 'T C']) -> list[Span]:
     if start is None and tag != OUTSIDE:
       start = i
   return spans
+
+
+def span_masks(
+  tags_BT: Int[Array, 'B T'], most: int
+) -> Bool[Array, 'B M T']:
+  """The spans of `find_spans` as masks, jittable: the first `most` of a text.
+
+  Args:
+    tags_BT: class of each token, see `tag_spans`.
+    most: number of masks of each text, `M`; those for which there is no span
+      are empty.
+  """
+  inside_BT = tags_BT != OUTSIDE
+  before_BT = jnp.pad(inside_BT[:, :-1], ((0, 0), (1, 0)))
+  first_BT = (tags_BT == BEGINS) | (inside_BT & ~before_BT)
+  number_BT = jnp.cumsum(first_BT, axis=1) - 1
+  which_M = jnp.arange(most)
+  here_BMT = number_BT[:, None] == which_M[None, :, None]
+  return here_BMT & inside_BT[:, None]
 
 
 def _stripped(text: str, start: int, stop: int) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from idesign.rewards.objectives import (
   mean_loss,
   reinforce,
 )
+from idesign.rewards.plan import DoesNotFitError, Plan, forward_flops, plan_run
 from idesign.rewards.policy import (
   PolicyConfig,
   PolicyState,

@@ -104,6 +104,7 @@ def make_monitor(
   *,
   fit: FitConfig = FitConfig(),
   seed: int = 0,
+  batch_size: int = 1024,
 ) -> Callable[[Any], Mapping[str, float]]:
   """`monitor(params) -> metrics` of a model, on texts that stay the same.
 
@@ -115,6 +116,7 @@ def make_monitor(
     texts: labelled spans.
     fit: how the new probe is fitted.
     seed: of the halves, and of the new probe.
+    batch_size: texts that are read at a time.
 
   Returns:
     A function with, of the halves that are for measuring: `auroc` and `ece` of
@@ -136,7 +138,9 @@ def make_monitor(
       )
 
   def monitor(params: Any) -> dict[str, float]:
-    read = lambda t: probes.read_spans(probe.observe, params, t.tokens, t.mask)
+    read = lambda t: probes.read_spans(
+      probe.observe, params, t.tokens, t.mask, batch_size=batch_size
+    )
     h = read(measuring)
     logits = probes.probe_logits(probe.config, probe.probe, h, measuring.spans)
     scores = np.asarray(jax.nn.sigmoid(logits[:, 0]))

@@ -122,6 +122,29 @@ def test_frequencies_are_probabilities(temperature, top_k, top_p):
   )
 
 
+@pytest.mark.parametrize('vocab', [3, 1000])
+def test_the_draw_inverts_the_cumulative_distribution(vocab):
+  random = np.random.default_rng(0)
+  weights = random.exponential(size=vocab)
+  weights[random.permutation(vocab)[: vocab // 3]] = 0
+  weights[[0, -1]] = 0  # Where a uniform of 0 or of almost 1 would point.
+  cdf = np.cumsum(weights) / weights.sum()
+  below_one = np.nextafter(np.float32(1), np.float32(0))
+  uniform = np.append(np.linspace(0, 1, 999, endpoint=False), below_one)
+  logprobs = jnp.log(jnp.asarray(weights / weights.sum(), jnp.float32))
+  tokens = np.asarray(
+    inverse_cdf(
+      jnp.asarray(uniform, jnp.float32),
+      jnp.broadcast_to(logprobs, (len(uniform), vocab)),
+    )
+  )
+  assert (weights[tokens] > 0).all()
+  # The uniform is inside of the token's step, up to roundings of a sum.
+  slack = 8 * EPS
+  assert (uniform <= cdf[tokens] + slack).all()
+  assert (uniform >= (cdf - weights / weights.sum())[tokens] - slack).all()
+
+
 PROMPTS = [[3, 1, 4, 1], [5, 2], [6]]
 
 

@@ -53,3 +53,13 @@ def test_bad_spans():
     probes.tag_spans([Span(0, 3), Span(2, 4)], 5)
   with pytest.raises(ValueError, match='not in 4 tokens'):
     probes.span_mask(Span(2, 5), 4)
+
+
+def test_masks_are_the_spans_that_are_found():
+  tags = np.random.default_rng(0).integers(0, 3, (40, 12))
+  masks = np.asarray(probes.span_masks(tags, 5))
+  for row, mask in zip(tags, masks):
+    spans = probes.find_spans(np.eye(3)[row])[:5]
+    want = [probes.span_mask(s, 12) for s in spans]
+    want += [np.zeros(12, bool)] * (5 - len(spans))
+    assert np.array_equal(mask, want)
