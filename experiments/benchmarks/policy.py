@@ -1,11 +1,12 @@
 """What reinforcement learning costs, beside transformers and TRL.
 
-  python -m experiments.benchmarks.policy [--prompts=8] [--repeats=7] \
+  python -m experiments.benchmarks.policy [--prompts=1,8] [--repeats=7] \
       [--out=results/benchmarks/policy.json]
 
 A Llama of the shape of stories260K (64 wide, 5 layers, 512 tokens) with random
-weights, `prompts` prompts of 32 tokens, groups of 8, 64 new tokens each; no
-stop token, so that everybody samples as many. All run in one process, in turn:
+weights, batches of so many prompts of 32 tokens, groups of 8, 64 new tokens
+each; no stop token, so that everybody samples as many. All run in one process,
+in turn:
 
   sampling        `rewards.sample_groups` and `generate` of transformers
   step            `rewards.make_policy_step` with a divergence from the frozen
@@ -22,7 +23,7 @@ runs this in an environment that has it, and without it that row is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import importlib.util
 import os
 import pathlib
@@ -42,7 +43,9 @@ from idesign import models
 from idesign import probes
 from idesign import rewards
 
-_PROMPTS = flags.DEFINE_integer('prompts', 8, 'Prompts of a batch.')
+_PROMPTS = flags.DEFINE_list(
+  'prompts', ['1', '8'], 'Prompts of each batch that is measured.'
+)
 
 PROMPT, NEW, GROUP, VOCAB = 32, 64, 8, 512
 GROUPS = (4, 8, 16, 32)
@@ -293,36 +296,30 @@ def memory(ours: Ours) -> dict[str, Any]:
   }  # fmt: skip
 
 
-def measure(prompts: int, repeats: int) -> dict[str, Any]:
+def measure(prompts: Sequence[int], repeats: int) -> dict[str, Any]:
   """Everything; see the module's docstring."""
   random = np.random.default_rng(0)
-  tokens = random.integers(3, VOCAB, (prompts, PROMPT))
+  rows, versions = {}, {'jax': jax.__version__}
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     write_model(folder)
-    ours = Ours(folder, tokens)
-    times = in_turn(
-      {'ours': ours.sample, 'theirs': make_generate(folder, tokens)}, repeats
-    )
-    rows = {'sampling': ratio(times['theirs'], times['ours'])}
-    versions = {'jax': jax.__version__}
-    if importlib.util.find_spec('trl'):
-      import trl
+    for count in prompts:
+      tokens = random.integers(3, VOCAB, (count, PROMPT))
+      ours = Ours(folder, tokens)
+      times = in_turn(
+        {'ours': ours.sample, 'theirs': make_generate(folder, tokens)}, repeats
+      )
+      row = ratio(times['theirs'], times['ours'])
+      for key in ('ours', 'theirs'):
+        row[f'{key}_tokens_per_second'] = count * GROUP * NEW / row[key]
+      rows[f'sampling/{count}'] = row
+      if importlib.util.find_spec('trl'):
+        import trl
 
-      versions['trl'] = trl.__version__
-      trainer, theirs = make_trainer(folder, tokens, repeats + 1)
-      mine: list[float] = []
-
-      # One of ours after each of theirs: both see the same neighbours.
-      trainer.add_callback(_after(lambda: mine.append(clock(ours.improve))))
-      trainer.train()
-      rows['step'] = ratio(theirs[1:], mine[1:])
+        versions['trl'] = trl.__version__
+        rows[f'step/{count}'] = steps_in_turn(folder, tokens, ours, repeats)
     probe, used = probe_cost(ours, repeats), memory(ours)
-  new = prompts * GROUP * NEW
-  for key in ('ours', 'theirs'):
-    rows['sampling'][f'{key}_tokens_per_second'] = new / rows['sampling'][key]
   return {
-    'prompts': prompts,
     'repeats': repeats,
     'versions': versions,
     'device': f'{jax.devices()[0].device_kind} with {os.cpu_count()} cores',
@@ -330,6 +327,15 @@ def measure(prompts: int, repeats: int) -> dict[str, Any]:
     'probe': probe,
     'memory': used,
   }
+
+
+def steps_in_turn(folder, tokens, ours: Ours, repeats: int) -> dict[str, Any]:
+  """TRL's steps, one of ours after each: both see the same neighbours."""
+  trainer, theirs = make_trainer(folder, tokens, repeats + 1)
+  mine: list[float] = []
+  trainer.add_callback(_after(lambda: mine.append(clock(ours.improve))))
+  trainer.train()
+  return ratio(theirs[1:], mine[1:])
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -341,11 +347,13 @@ def markdown(result: dict[str, Any]) -> str:
     'sampling': 'sampling, over `generate` of transformers',
     'step': 'a step, over `GRPOTrainer` of TRL',
   }
-  for name, r in result['rows'].items():
+  for key, r in result['rows'].items():
+    name, count = key.split('/')
     low, high = r['range']
     holds = verdict(r['ratio'] >= TARGETS[name])
     lines.append(
-      f'| {names[name]} | {r["ours"]:.3f} s | {r["theirs"]:.3f} s '
+      f'| {names[name]}, {count} x {GROUP} texts | {r["ours"]:.3f} s '
+      f'| {r["theirs"]:.3f} s '
       f'| {r["ratio"]:.1f} [{low:.1f}, {high:.1f}] times as fast '
       f'| ≥ {TARGETS[name]:g} | {holds} |'
     )
@@ -370,11 +378,13 @@ def markdown(result: dict[str, Any]) -> str:
     f'| {verdict(many <= few)} |'
   )
   return (
-    '\n'.join(lines) + f'\n\n{result["prompts"]} prompts of {PROMPT} tokens, '
-    f'groups of {GROUP}, {NEW} new tokens; {result["device"]}, '
+    '\n'.join(lines) + f'\n\nPrompts of {PROMPT} tokens, groups of {GROUP}, '
+    f'{NEW} new tokens; {result["device"]}, '
     f'{result["repeats"]} repeats.\n'
   )
 
 
 if __name__ == '__main__':
-  command.run(lambda repeats: measure(_PROMPTS.value, repeats), markdown)
+  command.run(
+    lambda repeats: measure([int(p) for p in _PROMPTS.value], repeats), markdown
+  )

@@ -36,6 +36,14 @@ class KVCache(NamedTuple):
   valid_BS: Bool[Array, 'B S']
   length: Int[Array, '']
 
+  def repeated(self, repeats: int) -> KVCache:
+    """Each sequence `repeats` times, next to each other."""
+    repeat = lambda x, axis: jnp.repeat(x, repeats, axis=axis)
+    return KVCache(
+      repeat(self.k_LBKSH, 1), repeat(self.v_LBKSH, 1),
+      repeat(self.positions_BS, 0), repeat(self.valid_BS, 0), self.length,
+    )  # fmt: skip
+
 
 def init_cache(config: TransformerConfig, batch: int, slots: int) -> KVCache:
   """An empty cache for `batch` sequences of up to `slots` tokens each.

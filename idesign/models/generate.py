@@ -41,6 +41,7 @@ def generate(
   key: jax.Array,
   max_new_tokens: int,
   cache: KVCache,
+  repeats: int = 1,
   temperature: jax.typing.ArrayLike = 1.0,
   top_k: int | None = None,
   top_p: jax.typing.ArrayLike | None = None,
@@ -72,6 +73,8 @@ def generate(
     max_new_tokens: length of the output.
     cache: an empty `init_cache(config, B, S)` with
       `S >= T + max_new_tokens - 1`; it is not changed.
+    repeats: continuations of each prompt, which is read once for all of them;
+      rows `b repeats` to `(b + 1) repeats - 1` of the output are prompt `b`'s.
     temperature: 0 is greedy decoding. Traced: changing it does not recompile.
     top_k: how many tokens to keep; None: all.
     top_p: probability to keep, in (0, 1]; None: all. Traced.
@@ -87,6 +90,8 @@ def generate(
       are checked only where they are known, outside `jit`.
   """
   _check(prompts_BT, mask_BT, max_new_tokens, cache, temperature, top_k, top_p)
+  if repeats < 1:
+    raise ValueError(f'repeats={repeats} must be at least 1.')
   return _generate(
     apply,
     params,
@@ -99,12 +104,13 @@ def generate(
     jnp.asarray(tuple(stop_tokens), jnp.int32),
     jnp.asarray(pad_token, jnp.int32),
     max_new_tokens=max_new_tokens,
+    repeats=repeats,
     top_k=top_k,
   )
 
 
 @functools.partial(
-  jax.jit, static_argnames=('apply', 'max_new_tokens', 'top_k')
+  jax.jit, static_argnames=('apply', 'max_new_tokens', 'repeats', 'top_k')
 )
 def _generate(
   apply,
@@ -119,9 +125,10 @@ def _generate(
   pad_token,
   *,
   max_new_tokens,
+  repeats,
   top_k,
 ) -> Generation:
-  batch = prompts_BT.shape[0]
+  batch = prompts_BT.shape[0] * repeats
   row_keys_B = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(batch))
 
   def draw(logits_BV, step, state):
@@ -172,6 +179,9 @@ def _generate(
   slots_T = jnp.arange(prompts_BT.shape[1])[None]
   last_B = jnp.max(jnp.where(mask_BT, slots_T, 0), axis=1)
   logits_BV = jnp.take_along_axis(logits_BTV, last_B[:, None, None], 1)[:, 0]
+  if repeats > 1:
+    logits_BV = jnp.repeat(logits_BV, repeats, axis=0)
+    cache = cache.repeated(repeats)
   state = draw(logits_BV, 0, state)
 
   def unfinished(carry):

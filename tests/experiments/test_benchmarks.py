@@ -114,8 +114,8 @@ def test_the_table_of_concepts_judges_every_target(tmp_path):
 def test_the_table_of_policies_judges_every_target():
   row = {'ours': 1.0, 'theirs': 4.0, 'ratio': 4.0, 'range': [3.0, 5.0]}
   result = {
-    'prompts': 8, 'repeats': 7, 'device': 'cpu',
-    'rows': {'sampling': row, 'step': row},
+    'repeats': 7, 'device': 'cpu',
+    'rows': {'sampling/1': row, 'step/1': row},
     'probe': {'ours': 1.0, 'theirs': 1.1, 'ratio': 1.1, 'range': [1, 1.2]},
     'memory': {
       'groups': [4, 8], 'temporary_mib': [10.0, 20.0], 'off_a_line': 0.01,

@@ -15,6 +15,7 @@ from idesign.models import (
   init_cache,
   transformer,
 )
+from idesign.models.generate import inverse_cdf
 
 CONFIG = TransformerConfig(
   vocab_size=7,
@@ -154,6 +155,21 @@ def padded(side):
     at = slice(4 - len(prompt), 4) if side == 'left' else slice(len(prompt))
     tokens[row, at], mask[row, at] = prompt, True
   return tokens, mask
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_prompts_that_are_repeated_are_read_once(side):
+  tokens, mask = padded(side)
+  once = sample(tokens, mask, new=6, repeats=4)
+  each = sample(tokens.repeat(4, axis=0), mask.repeat(4, axis=0), new=6)
+  assert np.array_equal(once.tokens_BN, each.tokens_BN)
+  assert np.array_equal(once.lengths_B, each.lengths_B)
+  np.testing.assert_allclose(
+    once.logprobs_BN, each.logprobs_BN, rtol=0, atol=64 * EPS
+  )
+  assert len(np.unique(once.tokens_BN, axis=0)) > 3
+  with pytest.raises(ValueError, match='repeats=0'):
+    sample(tokens, mask, repeats=0)
 
 
 @pytest.mark.parametrize('temperature', [0.0, 1.0])

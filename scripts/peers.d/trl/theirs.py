@@ -116,7 +116,7 @@ def log(folder: pathlib.Path, name: str) -> None:
 def main(folder: pathlib.Path) -> None:
   for name in LOSSES:
     log(folder, name)
-  result = benchmark.measure(8, 7)
+  result = benchmark.measure((1, 8), 7)
   versions = {
     'torch': torch.__version__,
     'transformers': transformers.__version__,
