@@ -124,7 +124,7 @@ def run(config, folder: pathlib.Path) -> None:
     rows = training.read_metrics(inside / 'metrics.jsonl')
     kept = ('reward/claims', 'rate/enough', 'divergence', 'length')
     # Trained or restored, they lie alike and are read to the same bits.
-    adapters = jax.device_put(state.params, NamedSharding(mesh, P()))
+    adapters = lab.everywhere(lambda x: x, state.params)
     return exam(adapters, arm) | {
       'pressure': ARMS[arm].name,
       'training': [[r['step'], {k: r[k] for k in kept}] for r in rows],

@@ -77,13 +77,19 @@ class Lab:
     scale = self.config.rl.alpha / self.config.rl.rank
     return rewards.merge_lora(params, adapters, scale=scale)
 
+  def everywhere(self, make, *arguments):
+    """What `make` returns, whole on every device of every process."""
+    whole = NamedSharding(self.mesh, P())
+    return jax.jit(make, out_shardings=whole)(*arguments)
+
   def adapters(self):
-    """New ones, on every device."""
+    """New ones."""
     c = self.config.rl
-    new = rewards.init_lora(
-      self.params, c.adapted, rank=c.rank, key=jax.random.key(self.config.seed)
+    key = jax.random.key(self.config.seed)
+    return self.everywhere(
+      lambda params: rewards.init_lora(params, c.adapted, rank=c.rank, key=key),
+      self.params,
     )
-    return jax.device_put(new, NamedSharding(self.mesh, P()))
 
   def make_step(self, arm: str, median: float, share: float):
     """The step of an arm.
@@ -101,27 +107,32 @@ class Lab:
       value = jnp.where(there_BM, 1 - c.weight * doubts_BM, 0).sum(axis=1)
       return value / jnp.maximum(count_B, 1)
 
-    def enough(scene):
-      return self._claims(scene, Pressure.NONE)[0] >= median
-
+    term = rewards.Term(name='claims', value=worth, pressure=pressure)
     return rewards.make_policy_step(
       self.model.apply, self.model.config, self.reader.probe.observe,
-      self.optimizer, [rewards.Term(name='claims', value=worth,
-                                    pressure=pressure)],
-      rewards.reinforce(c.cap), self.policy, lift=self.lift,
-      constraints=[rewards.RateConstraint(
-        name='enough', event=enough, target=share, gain=c.gain,
-      )],
+      self.optimizer, [term], rewards.reinforce(c.cap), self.policy,
+      lift=self.lift, constraints=[self._enough(median, share)],
     )  # fmt: skip
 
   def start(self) -> rewards.PolicyState:
-    state = rewards.init_policy(
-      self.adapters(), self.optimizer, jax.random.key(self.config.seed + 1),
-      self.policy, [rewards.RateConstraint(
-        name='enough', event=lambda scene: scene, target=0.5,
-      )],
-    )  # fmt: skip
-    return jax.device_put(state, NamedSharding(self.mesh, P()))
+    """The state before the first step."""
+    key = jax.random.key(self.config.seed + 1)
+    held = [self._enough(0.0, 0.5)]
+    return self.everywhere(
+      lambda adapters: rewards.init_policy(
+        adapters, self.optimizer, key, self.policy, held
+      ),
+      self.adapters(),
+    )
+
+  def _enough(self, median: float, share: float) -> rewards.RateConstraint:
+    """As many answers with `median` claims as there were."""
+    return rewards.RateConstraint(
+      name='enough',
+      event=lambda scene: self._claims(scene, Pressure.NONE)[0] >= median,
+      target=share,
+      gain=self.config.rl.gain,
+    )
 
   def _claims(self, scene: rewards.Scene, pressure: Pressure):
     said_BT = scene.samples.sampled_BT

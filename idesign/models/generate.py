@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 from idesign.models.attention import KVCache
 from idesign.models.functional import Params
@@ -287,5 +288,5 @@ def _check(
     raise ValueError(
       f'the cache holds {int(cache.length)} tokens; pass an empty one.'
     )
-  if known(mask_BT) and not mask_BT.any(axis=1).all():
+  if known(mask_BT) and not np.asarray(mask_BT).any(axis=1).all():
     raise ValueError('a prompt has no real token: its mask is all false.')

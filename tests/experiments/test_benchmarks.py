@@ -111,6 +111,20 @@ def test_the_table_of_concepts_judges_every_target(tmp_path):
     assert all(verdict in r for r in judged)
 
 
+def test_the_readme_shows_the_committed_comparison_with_trl():
+  report = json.loads((ROOT / 'results/peers/trl.json').read_text('utf-8'))
+  assert report['same_numbers'] and report['largest_difference'] <= 1e-6
+  assert set(report['losses']) == {'grpo', 'dr_grpo', 'dapo', 'cispo'}
+  # Off the policy, too: importance ratios are not 1.
+  assert all(r['largest_ratio'] > 2 for r in report['losses'].values())
+  measured = report['benchmark']
+  table = policy_benchmark.markdown(measured)
+  assert table in (ROOT / 'README.md').read_text('utf-8')
+  batches = {name.split('/')[1] for name in measured['rows']}
+  every = {f'{k}/{b}' for k in policy_benchmark.TARGETS for b in batches}
+  assert every == set(measured['rows'])
+
+
 def test_the_table_of_policies_judges_every_target():
   row = {'ours': 1.0, 'theirs': 4.0, 'ratio': 4.0, 'range': [3.0, 5.0]}
   result = {

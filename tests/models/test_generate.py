@@ -282,9 +282,11 @@ def test_one_compilation_serves_prompts_keys_and_temperatures():
   assert traces == before and set(before) == {(3, 4), (3, 1)}
 
 
-def test_generation_works_under_jit():
+@pytest.mark.parametrize('closed_over', [True, False])
+def test_generation_works_under_jit(closed_over):
   model, params = build()
   prompts = jnp.array([[1, 2, 3]])
+  mask = jnp.ones_like(prompts, bool)
 
   @jax.jit
   def run(key, temperature):
@@ -292,7 +294,7 @@ def test_generation_works_under_jit():
       model.apply,
       params,
       prompts,
-      jnp.ones_like(prompts, bool),
+      mask if closed_over else jnp.ones_like(prompts, bool),
       key=key,
       max_new_tokens=4,
       cache=init_cache(CONFIG, 1, 6),

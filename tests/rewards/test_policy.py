@@ -10,6 +10,7 @@ import pytest
 
 from idesign import models, probes, rewards, training
 from idesign.probes import Pressure
+from tests import processes
 
 CONFIG = models.TransformerConfig(
   vocab_size=11, d_model=8, d_ff=16, n_heads=2, n_layers=2, max_len=8
@@ -364,6 +365,24 @@ def test_eight_devices_give_the_same_numbers():
   )  # fmt: skip
   for name, value in metrics.items():
     np.testing.assert_allclose(sharded[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_give_the_same_numbers(tmp_path):
+  from tests.rewards import script  # It imports this module.
+
+  file = tmp_path / 'two.npz'
+  said = processes.run_two('tests.rewards.script', str(file))
+  assert all('2 8' in lines for lines in said)
+  two = dict(np.load(file))
+  leaves, metrics = script.learn(training.make_mesh())
+  assert len(metrics) == script.STEPS
+  for i, leaf in enumerate(leaves):
+    np.testing.assert_allclose(two[f'arr_{i}'], leaf, rtol=1e-4, atol=1e-6)
+  for i, values in enumerate(metrics):
+    for name, value in values.items():
+      np.testing.assert_allclose(
+        two[f'{i}/{name}'], value, rtol=1e-4, atol=1e-5
+      )
 
 
 @pytest.mark.parametrize(
