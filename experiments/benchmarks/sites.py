@@ -10,14 +10,19 @@ count of FLOPs by hand. Times are medians of interleaved repeats. FLOPs are
 counted on the same program with the loop over layers unrolled, because XLA
 counts the body of a loop once.
 
-One target is missed on CPUs: K-FAC factors in 0.8 of a gradient's time. Forward
-and backward to the activations alone take 0.64. The second moments of all 42
-projections are 196 GFLOP at the speed of a plain matrix product, where the
-weight gradients that they replace are 79. Tried, in one run, next to 0.96 as it
-is: the upper triangle only, in 2 or 4 blocks (0.95, 1.02); BLAS's `syrk` by
-callback (1.23); products in bfloat16 (0.99). Sums over 8 to 32 chunks of tokens
-were no faster than the one product. What did help was to sum over one axis
-instead of two (before: 1.16), see `idesign.sites.statistics`.
+Three targets are missed on CPUs. All programs run at about the speed of plain
+matrix products, so that times are as FLOPs are: norms need 0.87 of those of a
+gradient (target 0.8), 512 directions 1.56 (1.1, and they take 1.3). These two
+held while the gradient itself took 1.2 times as long, before its products were
+over the rows of all examples as one axis (`idesign.models`).
+
+K-FAC factors (0.8) need 1.38 of the FLOPs: the second moments of all 42
+projections are 196 GFLOP, where the weight gradients that they replace are 79.
+Tried, in one run, next to 0.96 of the slower gradient as it was: the upper
+triangle only, in 2 or 4 blocks (0.95, 1.02); BLAS's `syrk` by callback (1.23);
+products in bfloat16 (0.99). Sums over 8 to 32 chunks of tokens were no faster
+than the one product. What did help was to sum over one axis instead of two
+(before: 1.16), see `idesign.sites.statistics`.
 """
 
 from __future__ import annotations

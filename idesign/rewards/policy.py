@@ -23,7 +23,9 @@ from idesign.rewards import divergence
 from idesign.rewards.advantages import Baseline, Scale, advantages
 from idesign.rewards.objectives import Average, Objective, mean_loss
 from idesign.rewards.rollout import Samples, sample_groups
-from idesign.rewards.terms import RateConstraint, Scene, Term, evaluate
+from idesign.rewards.terms import (
+  RateConstraint, Scene, Term, evaluate, pressure,
+)  # fmt: skip
 
 Lift = Callable[[Any, Any], Any]
 Divergence = Literal['exact', 'k1', 'k3']
@@ -166,8 +168,9 @@ def make_policy_step(
     The step. Metrics, float32 scalars: `reward`, `reward/NAME` of each term,
     `sample/NAME` (the first sample whose value is not finite, or -1),
     `informative` (share of groups whose rewards differ), `divergence`,
-    `length`, `ratio` (the largest importance ratio), `loss`, `grad_norm`, and
-    `multiplier/NAME` and `rate/NAME` of each constraint.
+    `length`, `ratio` (the largest importance ratio), `loss`, `grad_norm`,
+    `pressure` (the worst `Pressure` of a term: what the run does to the probe),
+    and `multiplier/NAME` and `rate/NAME` of each constraint.
   """
   lift = lift or (lambda trained, frozen: trained)
   needs_student = any(t.pressure >= Pressure.LIVE for t in terms)
@@ -276,6 +279,7 @@ def make_policy_step(
       'reward': reward_B.mean(),
       'informative': group.informative_P.mean(),
       'length': samples.sampled_BT.sum(axis=1).mean(),
+      'pressure': float(pressure(terms)),
     }
     reference = state.reference
     if config.reset_reference_every:

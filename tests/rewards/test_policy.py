@@ -169,7 +169,9 @@ def test_the_frozen_reward_has_no_gradient():
   for name, term in (('frozen', FROZEN), ('live', live(False)),
                      ('gradient', live(True))):  # fmt: skip
     step, state = make([likes(5), term])
-    ends[name] = run(step, state, [make_batch()])[0].params
+    state, (metrics,) = run(step, state, [make_batch()])
+    ends[name] = state.params
+    assert metrics['pressure'] == Pressure[name.upper()]
   # At the first step both read the same model: live is frozen.
   assert not changed(ends['frozen'], ends['live'])
   assert changed(ends['frozen'], ends['gradient'])
