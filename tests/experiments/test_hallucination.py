@@ -321,8 +321,14 @@ def omniscient(monkeypatch):
     return jnp.where(right, -2.0, 2.0)[:, None]
 
   read = lambda observe, params, tokens, mask: np.asarray(tokens)[..., None]
+
+  def scores(probe, tokens, mask, at):
+    h = read(probe.observe, probe.params, tokens, mask)
+    return np.asarray(jax.nn.sigmoid(logits(None, None, h, at)[:, 0]))
+
   monkeypatch.setattr(probes, 'probe_logits', logits)
   monkeypatch.setattr(probes, 'read_spans', read)
+  monkeypatch.setattr(probes, 'score_spans', scores)
 
 
 class Everywhere:
@@ -426,8 +432,9 @@ def test_best_of_n_takes_what_is_least_doubted(monkeypatch):
 
   monkeypatch.setattr(hallucination_measure, 'say', say)
   monkeypatch.setattr(
-    hallucination_measure, '_scores', lambda probe, texts: texts.labels * 0.9
-  )
+    probes, 'score_spans',
+    lambda probe, tokens, mask, at: np.full(len(tokens), 0.9 * (turn[0] != 2)),
+  )  # fmt: skip
   random = np.random.default_rng(0)
   questions = WORLD.questions(WORLD.groups.test, hg.ASKED, random)
   other = WORLD.questions(WORLD.groups.test, hg.ASKED, random)

@@ -100,6 +100,18 @@ def test_both_readings_agree_where_the_models_do():
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize('batch_size', [1, 2, 1024])
+def test_scores_of_many_texts_are_those_of_each(batch_size):
+  frozen = make()
+  many = probes.score_spans(
+    frozen, TOKENS, MASK, SPANS, batch_size=batch_size
+  )
+  want = frozen.scores(frozen.read(TOKENS, MASK), SPANS)
+  np.testing.assert_allclose(many, want, rtol=1e-5)
+  with pytest.raises(ValueError, match='mask'):
+    probes.score_spans(frozen, TOKENS, MASK[:, 1:], SPANS)
+
+
 def test_it_owns_its_parameters():
   """Donating the model that it was made from does not take them away."""
   params = LM.init(jax.random.key(0))
