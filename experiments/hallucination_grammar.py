@@ -176,33 +176,34 @@ class Grammar:
   def grade(
     self, tokens_BT: Int[Array, 'B T'], asked: Mapping[str, Array]
   ) -> Answers:
-    """Grades what was said; jittable.
+    """Grades what was said; jittable, and NumPy of what NumPy holds.
 
     Args:
       tokens_BT: questions and answers, `[B, PROMPT + ANSWER]`.
       asked: `kind`, `attribute`, `value` and `true` of each text's question.
     """
-    kinds, values = jnp.asarray(self._attribute), jnp.asarray(self._value)
-    kind_B = jnp.asarray(asked['kind'])
+    xp = _namespace(tokens_BT)
+    kinds, values = xp.asarray(self._attribute), xp.asarray(self._value)
+    kind_B = xp.asarray(asked['kind'])
     one, two, three = (tokens_BT[:, PROMPT + i] for i in range(ANSWER))
     chose_B = kind_B == CHOSEN
-    attribute_B = jnp.where(chose_B, one - ATTRIBUTE, asked['attribute'])
+    attribute_B = xp.where(chose_B, one - ATTRIBUTE, asked['attribute'])
     exists_B = (attribute_B >= 0) & (attribute_B < len(self.sizes))
-    attribute_B = jnp.where(exists_B, attribute_B, 0)
-    true_BAV = jnp.asarray(asked['true'])
+    attribute_B = xp.where(exists_B, attribute_B, 0)
+    true_BAV = xp.asarray(asked['true'])
 
     def right(token_B):
       """Is of the attribute; and is true."""
       of_it_B = kinds[token_B] == attribute_B
-      batch = jnp.arange(len(token_B))
+      batch = xp.arange(len(token_B))
       return of_it_B, of_it_B & true_BAV[batch, attribute_B, values[token_B]]
 
-    value_B = jnp.where(chose_B, two, one)
-    ended_B = jnp.where(chose_B, three, two) == EOS
+    value_B = xp.where(chose_B, two, one)
+    ended_B = xp.where(chose_B, three, two) == EOS
     said_B = (kind_B != DOUBTED) & exists_B & ended_B
     of_it_B, right_B = right(value_B)
     corrected_B, new_right_B = right(two)
-    action_B = jnp.select(
+    action_B = xp.select(
       [one == MAINTAIN, one == RETRACT, (one == CORRECT) & corrected_B],
       [rewards.MAINTAIN, rewards.RETRACT, rewards.CORRECT],
       rewards.MALFORMED,
@@ -228,11 +229,17 @@ def spans(kind_B: Int[Array, 'B']) -> tuple[Array, Array]:
   Returns:
     Two masks, `[B, PROMPT + ANSWER]`.
   """
-  where = jnp.arange(PROMPT + ANSWER)[None]
-  said_B = jnp.where(jnp.asarray(kind_B) == ASKED, PROMPT, PROMPT + 1)
-  claim_B = jnp.where(jnp.asarray(kind_B) == DOUBTED, PROMPT - 2, said_B)
+  xp = _namespace(kind_B)
+  where = xp.arange(PROMPT + ANSWER)[None]
+  said_B = xp.where(kind_B == ASKED, PROMPT, PROMPT + 1)
+  claim_B = xp.where(kind_B == DOUBTED, PROMPT - 2, said_B)
   at = lambda end_B: (where == end_B[:, None]) | (where == end_B[:, None] - 1)
   return at(claim_B), at(said_B)
+
+
+def _namespace(array):
+  """Of the functions for it: NumPy on the host, where nothing is compiled."""
+  return np if isinstance(array, np.ndarray) else jnp
 
 
 def maximum(pairs) -> np.ndarray:

@@ -43,8 +43,14 @@ class Chat:
       folder: of the model, as transformers writes it.
 
     Raises:
+      FileNotFoundError: if there is no such folder.
       ValueError: if there is no chat template, or nothing ends a turn.
     """
+    if not folder or not pathlib.Path(folder).is_dir():
+      raise FileNotFoundError(
+        f'{folder!r} is no folder: --config.model.path is that of an instruct '
+        'model, as transformers writes it.'
+      )
     import transformers  # Only here: it is slow to import.
 
     self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

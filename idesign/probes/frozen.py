@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from typing import Any
 
 import jax
@@ -21,8 +22,7 @@ import numpy as np
 
 from idesign.probes.architectures import ProbeConfig, ProbeParams, apply_probe
 from idesign.probes.calibration import ProbeQuality
-from idesign.probes.fit import probe_logits
-from idesign.probes.reading import Observation, Observe, read_spans
+from idesign.probes.reading import Observation, Observe, in_batches
 
 
 class Pressure(enum.IntEnum):
@@ -155,8 +155,14 @@ def score_spans(
   Raises:
     ValueError: for shapes that do not belong together.
   """
-  h_NTE = read_spans(
-    probe.observe, probe.params, tokens_NT, mask_NT, batch_size=batch_size
-  )
-  logits_NC = probe_logits(probe.config, probe.probe, h_NTE, spans_NT)
-  return np.asarray(jax.nn.sigmoid(logits_NC[:, 0]))
+  if not tokens_NT.shape == mask_NT.shape == spans_NT.shape:
+    raise ValueError(
+      f'tokens {tokens_NT.shape}, mask {mask_NT.shape}, spans {spans_NT.shape}.'
+    )
+  score = functools.partial(_score, probe)
+  return in_batches(score, (tokens_NT, mask_NT, spans_NT), batch_size)
+
+
+@jax.jit
+def _score(probe, tokens_BT, mask_BT, spans_BT):
+  return probe.scores(probe.read(tokens_BT, mask_BT), spans_BT)

@@ -109,15 +109,26 @@ def read_spans(
   """
   if tokens_NT.shape != mask_NT.shape:
     raise ValueError(f'tokens {tokens_NT.shape}, mask {mask_NT.shape}.')
-  tokens_NT, mask_NT = np.asarray(tokens_NT), np.asarray(mask_NT)
+  read = functools.partial(_read, observe, params)
+  return in_batches(read, (tokens_NT, mask_NT), batch_size)
+
+
+def in_batches(
+  call: Callable[..., Array], arrays: Sequence[Array], batch_size: int
+) -> np.ndarray:
+  """`call` of some rows of all arrays at a time; results are on the host.
+
+  The last batch is filled up to a power of two, so that little is compiled
+  twice.
+  """
+  arrays = [np.asarray(x) for x in arrays]
   parts = []
-  for start in range(0, len(tokens_NT), batch_size):
-    rows = np.arange(start, min(start + batch_size, len(tokens_NT)))
-    # The last batch is filled up to a power of two: little is compiled twice.
+  for start in range(0, len(arrays[0]), batch_size):
+    rows = np.arange(start, min(start + batch_size, len(arrays[0])))
     size = min(batch_size, 1 << (len(rows) - 1).bit_length())
     filled = np.resize(rows, size)
-    h = _read(observe, params, tokens_NT[filled], mask_NT[filled])
-    parts.append(jax.device_get(h)[: len(rows)])
+    result = call(*(x[filled] for x in arrays))
+    parts.append(jax.device_get(result)[: len(rows)])
   return np.concatenate(parts)
 
 

@@ -248,6 +248,13 @@ def test_a_model_without_a_chat_template(checkpoint, tmp_path):
     Chat(str(tmp_path))
 
 
+def test_no_model_at_all(tmp_path):
+  config = config_lib.get_config('full')
+  with pytest.raises(FileNotFoundError, match='config.model.path'):
+    hallucination.run(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
 def test_a_weak_probe_is_refused(config, tmp_path):
   with config.unlocked():
     minimum = config.probe.minimum_auroc
