@@ -187,7 +187,10 @@ class Lab:
       for answer, at, text in zip(said, where, np.repeat(texts, ANSWERS)):
         answer = self.chat.text(answer[at].tolist())
         lines.append(
-          json.dumps({'prompt': text, 'completion': answer, 'spans': []})
+          json.dumps(
+            # What a grader fills in is the spans.
+            {'prompt': text, 'completion': answer, 'entity': text, 'spans': []}
+          )
         )
     contract.write_text(file, '\n'.join(lines) + '\n')
     return {

@@ -1,4 +1,4 @@
-"""Probes of a real model: where a claim is made, and how likely it is so."""
+"""Probes of a real model: where a claim is made, how likely it is made up."""
 
 from __future__ import annotations
 

@@ -22,16 +22,17 @@ runs this in an environment that has it, and without it that row is left out.
 
 Two targets are missed where a batch is large: 5 times `generate`, 3 times the
 step of TRL. With 8 texts PyTorch waits for its own dispatch and both hold; with
-64 most of the time is in matrix products, in which XLA is not faster on two
-cores: those of a step are 13 GFLOP, 0.2 s of the half second at the best speed
-of one plain product. What helped, in one run of the 64 texts, sampling from
-0.32 s and a step from 0.96: products over the rows of all texts as one axis
-(gradients took 1.7 times as long), a cache laid out as attention reads it and
-written in place, scores computed again in the backward pass instead of kept
-(together 0.20 and 0.60), one random number for each row instead of one for each
-token of the vocabulary, a prompt read once for its group (0.16 and 0.49). What
-did not: layers unrolled in decoding (1.2 times slower), queries scaled instead
-of scores.
+64 most of the time is in products, in which XLA is not faster on two cores: a
+step is 20 GFLOP (`rewards.forward_flops`, five passes), nearly 0.2 s of the
+half second at the 110 GFLOP/s that a gradient of a larger model reaches here.
+
+What helped, with 64 texts, sampling from 0.32 s and a step from 0.96: products
+over the rows of all texts as one axis (gradients took 1.7 times as long), a
+cache laid out as attention reads it and written in place, scores computed again
+in the backward pass instead of kept (together 0.20 and 0.60), one random number
+for each row instead of one for each token of the vocabulary, a prompt read once
+for its group (0.16 and 0.49). What did not: layers unrolled in decoding (1.2
+times slower), queries scaled instead of scores.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ import numpy as np
 import optax
 
 from experiments.benchmarks import command
+from experiments.benchmarks.policy_peers import (
+  BETA, GROUP, NEW, PROMPT, VOCAB, after_each_step, counted, make_generate,
+  make_trainer, write_model,
+)  # fmt: skip
 from idesign import models
 from idesign import probes
 from idesign import rewards
@@ -60,31 +65,10 @@ _PROMPTS = flags.DEFINE_list(
   'prompts', ['1', '8'], 'Prompts of each batch that is measured.'
 )
 
-PROMPT, NEW, GROUP, VOCAB = 32, 64, 8, 512
 GROUPS = (4, 8, 16, 32)
 STEPS = (4, 24)
-BETA = 0.04
 TARGETS = {'sampling': 5.0, 'step': 3.0}  # Times as fast, at least.
 PROBE_TARGET = 1.05
-
-
-def write_model(folder: pathlib.Path) -> None:
-  """A random Llama, as transformers writes it."""
-  import transformers  # Only here: it is slow to import.
-
-  config = transformers.LlamaConfig(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=172,
-    num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=4,
-    max_position_embeddings=PROMPT + NEW, tie_word_embeddings=True,
-    bos_token_id=1, eos_token_id=2, pad_token_id=0,
-  )  # fmt: skip
-  transformers.set_seed(0)
-  transformers.LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def counted(tokens) -> Any:
-  """The reward: how often token 7 is said."""
-  return (tokens == 7).sum(-1)
 
 
 class Ours:
@@ -150,90 +134,6 @@ class Ours:
   def improve(self) -> None:
     self.state, metrics = self.step(self.state, self.batch(), probe=self.probe)
     jax.block_until_ready((self.state, metrics))
-
-
-def make_generate(folder: pathlib.Path, prompts: np.ndarray):
-  """`generate` of transformers on the same prompts."""
-  import torch
-  import transformers
-
-  model = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32
-  ).eval()
-  tokens = torch.tensor(np.repeat(prompts, GROUP, axis=0))
-
-  def generate():
-    with torch.inference_mode():
-      out = model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), do_sample=True,
-        top_k=0, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0,
-      )  # fmt: skip
-    assert out.shape[1] == PROMPT + NEW
-    return out
-
-  return generate
-
-
-def make_trainer(folder: pathlib.Path, prompts: np.ndarray, steps: int):
-  """`GRPOTrainer`; `train()` leaves the seconds of each step in a list."""
-  import datasets
-  import transformers
-  import trl
-
-  seconds: list[float] = []
-
-  class Clock(transformers.TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-      self.began = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-      seconds.append(time.perf_counter() - self.began)
-
-  text = [' '.join(f't{i}' for i in row) for row in prompts]
-  scratch = folder / 'trl'
-  trainer = trl.GRPOTrainer(
-    model=str(folder),
-    reward_funcs=lambda completion_ids, **kw: [
-      float(counted(np.asarray(ids))) for ids in completion_ids
-    ],
-    args=trl.GRPOConfig(
-      output_dir=str(scratch), use_cpu=True, report_to='none', bf16=False,
-      per_device_train_batch_size=len(prompts) * GROUP, num_generations=GROUP,
-      gradient_accumulation_steps=1, max_completion_length=NEW, max_steps=steps,
-      beta=BETA, loss_type='grpo', learning_rate=1e-5, save_strategy='no',
-      logging_strategy='no', disable_tqdm=True, temperature=1.0, top_k=0,
-      generation_kwargs={'min_new_tokens': NEW}, gradient_checkpointing=False,
-    ),
-    train_dataset=datasets.Dataset.from_dict({'prompt': text * steps}),
-    processing_class=make_tokenizer(VOCAB),
-    callbacks=[Clock()],
-  )  # fmt: skip
-  return trainer, seconds
-
-
-def _after(call: Callable[[], None]):
-  import transformers
-
-  class After(transformers.TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-      call()
-
-  return After()
-
-
-def make_tokenizer(vocab: int):
-  """Of words `t0`, `t1`, ...: each is a token."""
-  import tokenizers
-  import transformers
-
-  words = {f't{i}': i for i in range(vocab)}
-  tokenizer = tokenizers.Tokenizer(
-    tokenizers.models.WordLevel(words, unk_token='t0')
-  )
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-  return transformers.PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer, pad_token='t0', eos_token='t2', bos_token='t1'
-  )
 
 
 def clock(call: Callable[[], Any]) -> float:
@@ -346,7 +246,7 @@ def steps_in_turn(folder, tokens, ours: Ours, repeats: int) -> dict[str, Any]:
   """TRL's steps, one of ours after each: both see the same neighbours."""
   trainer, theirs = make_trainer(folder, tokens, repeats + 1)
   mine: list[float] = []
-  trainer.add_callback(_after(lambda: mine.append(clock(ours.improve))))
+  trainer.add_callback(after_each_step(lambda: mine.append(clock(ours.improve))))
   trainer.train()
   return ratio(theirs[1:], mine[1:])
 

@@ -128,6 +128,8 @@ def test_every_path_on_a_mesh(config, tmp_path, capsys):
     assert 0 <= results[name]['audit']['auroc'] <= 1
     lines = (tmp_path / f'{name}.jsonl').read_text().splitlines()
     assert len(lines) == 2 * config.exam.prompts
+    # Once a grader has filled in the spans they are graded texts.
+    assert set(json.loads(lines[0])) == set(GOOD)
     assert json.loads(lines[0])['prompt'].startswith('w')
   # Nothing has moved yet: policy and base read the same.
   base = results['base']['answers']

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from idesign import models, probes, rewards
+from idesign import models, probes, rewards, training
+from idesign.rewards.plan import local_bytes
 
 CONFIG = models.TransformerConfig(
   vocab_size=48, d_model=64, d_ff=128, n_heads=4, n_kv_heads=2, n_layers=2,
@@ -28,7 +29,7 @@ def test_flops_are_those_that_xla_counts(gated):
   assert 1 <= counted.cost_analysis()['flops'] / ours < 1.15
 
 
-def plan(group=4, **kwargs):
+def plan(group=4, abstract=False, **kwargs):
   model = models.transformer(CONFIG)
   observe = probes.observer(model.apply, ['resid_post[0:1]'])
   kind = probes.ProbeConfig(kind='mlp', d_in=64)
@@ -51,6 +52,15 @@ def plan(group=4, **kwargs):
   batch = {
     'prompts': np.ones((4, 6), np.int32), 'mask': np.ones((4, 6), bool)
   }  # fmt: skip
+  if abstract:
+    # Nothing is there yet but shapes, and where they will be.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state, probe = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        jnp.shape(x), jnp.result_type(x), sharding=here
+      ),
+      (state, probe),
+    )
   return rewards.plan_run(
     step, state, batch, probe, model=CONFIG, policy=config, steps=100, **kwargs
   )
@@ -68,6 +78,22 @@ def test_what_stays_is_policy_optimizer_and_frozen_model():
   assert large.learning_flops == pytest.approx(4 * small.learning_flops)
   assert small.sampling_seconds > 0
   assert '100 steps' in str(small)
+
+
+def test_shapes_are_enough():
+  assert plan(abstract=True)[:5] == plan()[:5]
+
+
+def test_a_device_reads_its_part_of_what_is_split():
+  mesh = training.make_mesh(data=2, model=4)
+  x = np.zeros((8, 6), np.float32)
+  place = lambda *axes: jax.device_put(
+    x, jax.NamedSharding(mesh, jax.P(*axes))
+  )
+  assert local_bytes([place()]) == 8 * 6 * 4
+  assert local_bytes([place('model'), place(None, 'data')]) == (
+    2 * 6 * 4 + 8 * 3 * 4
+  )
 
 
 def test_what_does_not_fit_is_refused_before_it_runs():

@@ -16,6 +16,7 @@ import sys
 
 import datasets
 from experiments.benchmarks import policy as benchmark
+from experiments.benchmarks.policy_peers import make_tokenizer
 import numpy as np
 import torch
 import transformers
@@ -107,7 +108,7 @@ def log(folder: pathlib.Path, name: str) -> None:
       temperature=1.0, gradient_checkpointing=False, **LOSSES[name],
     ),
     train_dataset=datasets.Dataset.from_dict({'prompt': text}),
-    processing_class=benchmark.make_tokenizer(VOCAB),
+    processing_class=make_tokenizer(VOCAB),
   )  # fmt: skip
   trainer.folder, trainer.name = folder, name
   trainer.train()
