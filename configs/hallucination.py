@@ -19,11 +19,11 @@ settings were chosen; nothing is claimed of them.
       --config.prompts="('PROMPTS.jsonl',)" --workdir=runs/hallucination-full
 
 It says what memory and time it will take before it begins, and stops if a
-device has too little; it has not been run on an accelerator yet. As configured a
-model of a billion parameters takes 4e15 FLOP a step and, with a vocabulary of
-128 thousand, 168 GB of logits over all devices (256 answers of 1,280 tokens): on
-few devices lower `rl.prompts`, `rl.group` or `lengths.completion`. The published
-run, of 12 billion, took 12 hours on 128 H200.
+device has too little; it has not been run on an accelerator yet. As configured
+a model of a billion parameters takes 4e15 FLOP a step and, with a vocabulary of
+128 thousand, 168 GB of logits over all devices (256 answers of 1,280 tokens):
+on few devices lower `rl.prompts`, `rl.group` or `lengths.completion`. The
+published run, of 12 billion, took 12 hours on 128 H200.
 """
 
 import ml_collections

@@ -246,7 +246,9 @@ def steps_in_turn(folder, tokens, ours: Ours, repeats: int) -> dict[str, Any]:
   """TRL's steps, one of ours after each: both see the same neighbours."""
   trainer, theirs = make_trainer(folder, tokens, repeats + 1)
   mine: list[float] = []
-  trainer.add_callback(after_each_step(lambda: mine.append(clock(ours.improve))))
+  trainer.add_callback(
+    after_each_step(lambda: mine.append(clock(ours.improve)))
+  )
   trainer.train()
   return ratio(theirs[1:], mine[1:])
 

@@ -146,6 +146,24 @@ def test_the_draw_inverts_the_cumulative_distribution(vocab):
   assert (uniform >= (cdf - weights / weights.sum())[tokens] - slack).all()
 
 
+def test_roundings_of_sums_choose_nothing_that_has_no_probability():
+  """Sums in another order step up, too, where nothing was added."""
+  random = np.random.default_rng(0)
+  weights = random.exponential(size=(200, 3001)).astype(np.float32)
+  weights[random.random(weights.shape) < 0.3] = 0
+  weights[100:, 1500:] = 0  # A step up in the end has nothing above.
+  weights[:, 0] = 0
+  logprobs = jnp.log(jnp.asarray(weights / weights.sum(axis=1, keepdims=True)))
+  cdf = np.asarray(jnp.cumsum(jnp.exp(logprobs), axis=1))
+  up = (np.diff(cdf, axis=1) > 0) & (weights[:, 1:] == 0)
+  row, before = np.nonzero(up)
+  assert len(row) > 100 and up[100:, 1500:].any()
+  uniform = cdf[row, before] / cdf[row, -1]
+  uniform = np.minimum(uniform, np.nextafter(np.float32(1), np.float32(0)))
+  tokens = inverse_cdf(jnp.asarray(uniform), logprobs[row])
+  assert (weights[row, tokens] > 0).all()
+
+
 PROMPTS = [[3, 1, 4, 1], [5, 2], [6]]
 
 
