@@ -119,7 +119,8 @@ def fit_reader(
     part('claim'), probes.ProbeQuality(**found['quality']),
     minimum_auroc=c.minimum_auroc, accept_weak_probe=c.accept_weak_probe,
   )  # fmt: skip
-  # Texts that the probe was not fitted on stay the same throughout.
+  # They stay the same throughout; the probe was not fitted on them, though its
+  # scale was on some.
   texts = _fixed_texts(
     graded, masks[1] | masks[2], config.exam.audit, config.seed
   )
