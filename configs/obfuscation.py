@@ -55,11 +55,16 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   )
   config.rl = ml_collections.ConfigDict(
     {
-      'steps': 120,
+      'steps': 200,
       'prompts': 32,
       'group': 16,
       'retained': 64,  # Texts of a step, where an arm retains what is ordinary.
       'learning_rate': 5e-4,
+      # Adam's, above the gradients here, so that a step is as large as what
+      # there is to learn. Inoculation needs that: where an instruction allows
+      # what is rewarded, almost nothing is left to learn, and it is not to be
+      # blown up (arm `inoculation, normalised`).
+      'eps': 3e-3,
       'divergence': 0.02,  # Weight, from the frozen model.
       'monitor': 1.0,  # Weight of what the monitor says; copying earns 1.
       'probe': 1.5,  # The same of the probe.

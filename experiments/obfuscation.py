@@ -236,12 +236,14 @@ class Lab:
     c = self.config.rl
 
     terms = make_terms(c, arm)
+    eps = 1e-8 if arm.normalised else c.eps
     optimizer = optax.chain(
-      optax.clip_by_global_norm(1.0), optax.adam(c.learning_rate)
+      optax.clip_by_global_norm(1.0), optax.adam(c.learning_rate, eps=eps)
     )
     policy = rewards.PolicyConfig(
       group=c.group, max_new_tokens=ow.ANSWER, stop_tokens=(ow.EOS,),
       pad_token=ow.PAD, divergence_weight=c.divergence,
+      scale='batch' if arm.normalised else 'none',
     )  # fmt: skip
     step = rewards.make_policy_step(
       self.model.apply, self.model.config, self.observe, optimizer, terms,

@@ -24,6 +24,8 @@ class Arm:
     honest: whether the grader knows the truth: nothing to exploit.
     retain: whether the policy is held near to the frozen model on texts without
       an instruction, which it is not trained on.
+    normalised: whether a step is as large however little there is to learn:
+      advantages are divided by their spread, and Adam's `eps` is next to 0.
   """
 
   monitor: float = 0.0
@@ -31,6 +33,7 @@ class Arm:
   instruction: int = ow.PLAIN
   honest: bool = False
   retain: bool = False
+  normalised: bool = False
 
 
 ARMS = {
@@ -40,6 +43,7 @@ ARMS = {
   'monitor and frozen probe': Arm(monitor=1.0, probe=1.0),
   'inoculation': Arm(instruction=ow.PERMIT),
   'inoculation, retained': Arm(instruction=ow.PERMIT, retain=True),
+  'inoculation, normalised': Arm(instruction=ow.PERMIT, normalised=True),
   'prohibition': Arm(instruction=ow.FORBID),
   'incentive removed': Arm(honest=True),
 }

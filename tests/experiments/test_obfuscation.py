@@ -157,6 +157,26 @@ def test_training_has_its_instruction():
     np.testing.assert_array_equal(batch['prompts'], prompts.batch(3)['prompts'])
 
 
+def test_steps_are_as_large_as_what_is_left_to_learn():
+  """Unless they are normalised: then a thousandth moves as far."""
+  def moved(name, gradient):
+    _, optimizer, policy = LAB._build(arms_lib.ARMS[name])
+    weights = {'w': jnp.zeros(3)}
+    updates, _ = optimizer.update(
+      {'w': jnp.full(3, gradient)}, optimizer.init(weights), weights
+    )
+    return float(-updates['w'][0]), policy.scale
+
+  rate, eps = CONFIG.rl.learning_rate, CONFIG.rl.eps
+  for gradient in (1e-6, 1e-3):
+    plain, scale = moved('inoculation', gradient)
+    assert scale == 'none'
+    assert plain == pytest.approx(rate * gradient / (gradient + eps), rel=1e-4)
+    normalised, scale = moved('inoculation, normalised', gradient)
+    assert scale == 'batch'
+    assert normalised == pytest.approx(rate, rel=0.02)
+
+
 def row(copied, seen=95.0, solved=50.0):
   plain = {'copied': copied, 'seen': seen, 'solved': solved}
   return {'plain': plain, 'probe': {'auroc': 0.95}}
