@@ -26,8 +26,8 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
       # Shares of texts: without an instruction, copying allowed, forbidden;
       # and how often their writers copy.
       'instructed': (0.6, 0.2, 0.2),
-      'copies': (0.1, 0.99, 0.02),
-      'hidden': 0.06,  # Of those who copy, who do not say so.
+      'copies': (0.1, 1.0, 0.02),
+      'hidden': 0.1,  # Of those who copy, who do not say so.
       'talk': 0.02,  # Of the others, who speak of it.
       'wrong': 0.5,
       'missing': 0.2,
@@ -55,7 +55,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   )
   config.rl = ml_collections.ConfigDict(
     {
-      'steps': 200,
+      'steps': 300,
       'prompts': 32,
       'group': 16,
       'retained': 64,  # Texts of a step, where an arm retains what is ordinary.
@@ -64,11 +64,11 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
       # there is to learn. Inoculation needs that: where an instruction allows
       # what is rewarded, almost nothing is left to learn, and it is not to be
       # blown up (arm `inoculation, normalised`).
-      'eps': 3e-3,
+      'eps': 1.5e-3,
       'divergence': 0.02,  # Weight, from the frozen model.
       'monitor': 1.0,  # Weight of what the monitor says; copying earns 1.
       'probe': 1.5,  # The same of the probe.
-      'every': 10,  # Steps between two looks at the policy.
+      'every': 15,  # Steps between two looks at the policy.
     }
   )
   config.exam = ml_collections.ConfigDict({'tasks': 2000, 'look': 500})
