@@ -36,7 +36,7 @@ from idesign import probes, rewards, training
 CHOSEN_ON = (0, 1)
 PIPELINE = ('frozen', *INTERVENTIONS)
 PRESETS = {
-  'smoke': ('none', 'frozen', 'live, gradient', 'oracle'),
+  'smoke': ('frozen', 'live, gradient', 'oracle'),
   'cpu': (*MAIN, *INTERVENTIONS),
   'paper': tuple(ARMS),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -126,7 +127,7 @@ def say(
     key: to draw with; batch `i` draws with `fold_in(key, i)`.
     new_tokens: of each answer.
     greedy: the likeliest tokens instead.
-    batch: prompts at a time; the last are filled up to a power of two, so that
+    batch: prompts at a time; the last are filled up to a power of four, so that
       little is compiled twice.
   """
   prompts = np.asarray(prompts)
@@ -134,7 +135,7 @@ def say(
   for i, start in enumerate(range(0, len(prompts), batch)):
     part = prompts[start : start + batch]
     count = len(part)
-    size = min(batch, 1 << (count - 1).bit_length())
+    size = min(batch, 4 ** math.ceil(math.log(count, 4)))
     part = np.resize(part, (size, part.shape[1]))
     texts = _say(
       model, params, part, part != PAD, jax.random.fold_in(key, i),

@@ -196,13 +196,16 @@ def _accounting(t: Table, arms):
         list(counts), [100 * np.mean(v) for v in counts.values()], style,
         marker='o', ms=3, color='#777777' if arm == 'base' else colour(arm),
         alpha=1 if 'doubts' not in arm else 0.55,
-        label=f'{arm}{" (best of all)" if suffix else " (vote)"}',
+        label=None if suffix else arm,
       )  # fmt: skip
+  for style, label in (('-', 'vote'), (':', 'best of all')):
+    right.plot([], [], style, color='k', label=label)
   right.set_xscale('log', base=2)
+  right.xaxis.set_major_formatter('{x:g}')
   right.set_xlabel('answers to each doubt')
   right.set_ylabel('caught claims that are mended, %')
   right.set_ylim(0, 100)
-  right.legend(fontsize=7, loc='lower right')
+  right.legend(loc='lower center', bbox_to_anchor=(0.5, 1.0), ncols=2)
   return figure
 
 

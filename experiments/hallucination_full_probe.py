@@ -96,19 +96,21 @@ def fit_reader(
     claim, found, quality, threshold = _fit(
       c, kind, where, graded, masks, read, config.seed
     )
-    safetensors.numpy.save_file(
+    fitted = safetensors.numpy.save(
       {
         f'{name}/{k}': np.ascontiguousarray(v)
         for name, part in (('claim', claim), ('where', found))
         for k, v in part.items()
-      },
-      file,
+      }
     )
+    contract.write_bytes(file, fitted)
     workdir.results.pop('probe', None)
     workdir.arm(
       'probe', lambda: {'quality': quality._asdict(), 'threshold': threshold}
     )
-  arrays = safetensors.numpy.load_file(file)
+  else:
+    fitted = file.read_bytes()
+  arrays = safetensors.numpy.load(fitted)
   part = lambda name: {
     k.removeprefix(f'{name}/'): v
     for k, v in arrays.items()

@@ -24,11 +24,16 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a file, whole or not at all, on process 0 of a run alone."""
+  write_bytes(path, text.encode('utf-8'))
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+  """The same of bytes."""
   if jax.process_index() != 0:
     return
   temporary = path.with_name(path.name + '.tmp')
   try:
-    temporary.write_text(text, encoding='utf-8')
+    temporary.write_bytes(content)
     os.replace(temporary, path)
   except OSError as error:
     temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
@@ -128,6 +129,8 @@ def in_batches(
     size = min(batch_size, 1 << (len(rows) - 1).bit_length())
     filled = np.resize(rows, size)
     result = call(*(x[filled] for x in arrays))
+    if not result.is_fully_addressable:  # This process has a part of it.
+      result = multihost_utils.process_allgather(result, tiled=True)
     parts.append(jax.device_get(result)[: len(rows)])
   return np.concatenate(parts)
 

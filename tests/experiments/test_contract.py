@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
   workdir.arm('0/a', lambda: 1)
   before = (tmp_path / 'results.json').read_bytes()
   with monkeypatch.context() as patch:
-    patch.setattr(pathlib.Path, 'write_text', full)
+    patch.setattr(pathlib.Path, 'write_bytes', full)
     with pytest.raises(OSError, match='results.json.*No space.*make room'):
       workdir.arm('0/b', lambda: 2)
   assert (tmp_path / 'results.json').read_bytes() == before

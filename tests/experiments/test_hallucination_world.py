@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import hallucination as config_lib
+from experiments import contract, hallucination
 from experiments import hallucination_grammar as hg
 from experiments import hallucination_world as hw
 from experiments.hallucination_facts import Facts, band, frequent, magnitude
@@ -402,3 +403,25 @@ def test_more_subjects_than_there_are(data):
   subjects = {'players': 61, 'cities': 20, 'others': 8}
   with pytest.raises(ValueError, match=r'subjects\.players=61.*60'):
     facts(data, subjects=subjects)
+
+
+def test_a_base_and_its_probe_in_real_facts(data, tmp_path, monkeypatch):
+  """A run of no arms: what differs between worlds is all before them."""
+  monkeypatch.setitem(hallucination.PRESETS, 'smoke', ())
+  monkeypatch.setattr(contract, 'reported_seeds', lambda *a: [2])
+  monkeypatch.setattr(hallucination, 'make_claims', lambda *a: [])
+  monkeypatch.setattr(hallucination.hallucination_figures, 'draw', str)
+  config = config_lib.get_config('facts-smoke').copy_and_resolve_references()
+  config.data_dir = str(data)
+  hallucination.run(config, tmp_path)
+  found = json.loads((tmp_path / 'results.json').read_text())
+  base = found['2/base']
+  assert set(found) == {'2/base'}
+  assert base['divergence'] == pytest.approx(0, abs=1e-6)
+  for form in ('asked', 'chosen'):
+    said = base[form]
+    assert said['claims'] == pytest.approx(said['right'] + said['made up'])
+    assert said['claims'] > 0.2, 'it has not learned to answer'
+  assert 0 <= base['probe']['quality']['claims']['auroc'] <= 1
+  assert base['pipeline']['alone']['caught'] == 0
+  assert base['pipeline']['in line, 1']['caught'] > 0

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from idesign import training
+from idesign.probes import reading
 from tests.rewards import test_policy as policy
 
 STEPS, PROMPTS = 3, 8
@@ -33,13 +34,23 @@ def learn(mesh):
   return multihost_utils.process_allgather(leaves, tiled=True), metrics
 
 
+def read(mesh):
+  """Sums of rows that are split over the devices, an odd number of them."""
+  split = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+  call = jax.jit(lambda x: x.sum(axis=1), out_shardings=split)
+  rows = np.arange(3 * 13.0).reshape(13, 3)
+  return reading.in_batches(call, [rows], 8)
+
+
 def main():
   training.initialize_distributed()
-  leaves, metrics = learn(training.make_mesh())
+  mesh = training.make_mesh()
+  leaves, metrics = learn(mesh)
+  rows = read(mesh)
   print(jax.process_count(), jax.device_count(), flush=True)
   if jax.process_index() == 0:
     names = {f'{i}/{k}': v for i, m in enumerate(metrics) for k, v in m.items()}
-    np.savez(sys.argv[1], *leaves, **names)
+    np.savez(sys.argv[1], *leaves, **names, read=rows)
 
 
 if __name__ == '__main__':

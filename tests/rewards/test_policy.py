@@ -378,6 +378,7 @@ def test_two_processes_give_the_same_numbers(tmp_path):
   two = dict(np.load(file))
   leaves, metrics = script.learn(training.make_mesh())
   assert len(metrics) == script.STEPS
+  np.testing.assert_array_equal(two['read'], np.arange(13) * 9.0 + 3)
   for i, leaf in enumerate(leaves):
     np.testing.assert_allclose(two[f'arr_{i}'], leaf, rtol=1e-4, atol=1e-6)
   for i, values in enumerate(metrics):
