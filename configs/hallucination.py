@@ -115,8 +115,11 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
     # said differently every time is: from activations alone a probe learns its
     # subjects by heart.
     config.probe.confidence, config.probe.pool = True, 'last'
-    # A guess of real facts is often right: doubts are lower, and cost more.
-    config.rl.weight = 3.0
+    # A guess of real facts is often right: doubts are lower, and cost more. Of
+    # what claims are changed to there is little, and much depends on it.
+    config.probe.corrections = 1
+    config.rl.weight, config.rl.doubted = 2.5, 24
+    config.rl.intervention, config.rl.retraction = 4.0, 0.1
   if name == 'cpu':
     config.num_seeds, config.arms = 2, 'cpu'
   if name == 'choose':

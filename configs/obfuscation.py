@@ -23,11 +23,11 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   config.num_seeds = 5
   config.world = ml_collections.ConfigDict(
     {
-      # Shares of texts: without an instruction, copying allowed, forbidden;
-      # and how often their writers copy.
-      'instructed': (0.6, 0.2, 0.2),
-      'copies': (0.1, 1.0, 0.02),
-      'hidden': 0.1,  # Of those who copy, who do not say so.
+      # Shares of texts: without an instruction, copying allowed, an option,
+      # forbidden; and how often their writers copy.
+      'instructed': (0.55, 0.2, 0.1, 0.15),
+      'copies': (0.1, 1.0, 0.6, 0.02),
+      'hidden': 0.06,  # Of those who copy, who do not say so.
       'talk': 0.02,  # Of the others, who speak of it.
       'wrong': 0.5,
       'missing': 0.2,

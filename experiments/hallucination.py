@@ -48,17 +48,19 @@ class Scene:
   def __init__(self, config, model, observe, world, params, seed: int):
     self.config, self.model, self.world = config, model, world
     self.params, self.seed = params, seed
-    self.monitor = make_monitor(config, model, observe, params, world, seed)
     groups = world.groups
+    self.subjects = groups.test
+    if config.preset == 'choose':
+      self.subjects = groups.validation
+    self.monitor = make_monitor(
+      config, model, observe, params, world, seed, self.subjects
+    )
     drafts = draft(
       model, params, world, groups.policy, config.rl.drafts, [seed, 6]
     )
     self.drafts = flagged(self.monitor, drafts)
     localiser = fit_localiser(config, observe, params, world, seed)
     self.watcher = Watcher(config, model, world, self.monitor, localiser)
-    self.subjects = groups.test
-    if config.preset == 'choose':
-      self.subjects = groups.validation
     exam = lambda subjects, count, number: Exam(
       config, model, world, params, self.monitor, subjects, count,
       [seed, 7, number],

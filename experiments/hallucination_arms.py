@@ -154,13 +154,18 @@ def make_terms(config, arm: Arm, grammar: Grammar) -> list[rewards.Term]:
       score = functools.partial(scene.probe.live_scores, scene.student)
     first, second = score(claim), score(said)
     if arm.source == 'shuffled':
-      first, second = _shuffled(scene, first), _shuffled(scene, second)
+      kind = jnp.asarray(scene.info['kind'])
+      claimed = answers.claim | (kind == DOUBTED)
+      first = _shuffled(scene.key, first, 2 * kind + claimed)
+      mended = answers.action == rewards.CORRECT
+      second = _shuffled(scene.key, second, 2 * kind + mended)
     return first, second, answers
 
   def task(scene):
     kind = jnp.asarray(scene.info['kind'])
     doubt, new_doubt, answers = doubts(scene)
-    said = worth(c, kind, answers, doubt)
+    # A doubt that is differentiated is a term of its own.
+    said = worth(c, kind, answers, 0.0 if arm.gradient else doubt)
     mended = c['intervention'] * rewards.intervention_reward(
       answers.action, doubt, new_doubt, retraction=c['retraction']
     )
@@ -198,12 +203,11 @@ def make_terms(config, arm: Arm, grammar: Grammar) -> list[rewards.Term]:
   return terms
 
 
-def _shuffled(scene, score_B):
-  """Scores of the same kind of question, in another order."""
-  kind = jnp.asarray(scene.info['kind'])
-  noise = jax.random.uniform(scene.key, score_B.shape)
-  # Both sorted by kind, one of them in a random order within it.
-  here, there = jnp.lexsort((noise * 0, kind)), jnp.lexsort((noise, kind))
+def _shuffled(key, score_B, group_B):
+  """Scores of the same group, in another order."""
+  noise = jax.random.uniform(key, score_B.shape)
+  # Both sorted by group, one of them in a random order within it.
+  here, there = jnp.lexsort((noise * 0, group_B)), jnp.lexsort((noise, group_B))
   return score_B.at[here].set(score_B[there])
 
 

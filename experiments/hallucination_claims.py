@@ -42,7 +42,9 @@ class Table(contract.Table):
       rewards.reductions(
         base['pipeline']['alone']['made_up'],
         row['pipeline']['alone']['made_up'],
-        rewards.Counts(**row['pipeline'][mode]),
+        rewards.Counts(
+          **{k: row['pipeline'][mode][k] for k in rewards.Counts._fields}
+        ),
       )
       for base, row in zip(self.arm('base'), self.arm(arm))
     ]
@@ -65,12 +67,18 @@ def make_claims(
 
 
 def _probe(t: Table) -> Iterator[Row]:
-  why = 'target of this project: below it a probe is refused'
+  why = 'target of this project'
   claims = ('base', 'probe', 'quality', 'claims')
   yield ('probe_auroc', 'AUROC of the probe on claims about unseen subjects',
          t.get(*claims, 'auroc'), '>=', 0.9, why)  # fmt: skip
   yield ('probe_ece', 'its expected calibration error',
          t.get(*claims, 'ece'), '<=', 0.05, why)  # fmt: skip
+  for kind, what in (
+    ('lists', 'claims in lists'), ('corrections', 'what claims are changed to')
+  ):  # fmt: skip
+    yield (f'probe_{kind}', f'AUROC of the same probe on {what}',
+           t.get('base', 'probe', 'quality', kind, 'auroc'), '>=', 0.9,
+           'it is rewarded as well')  # fmt: skip
   null = [np.mean(r['probe']['null']) for r in t.arm('base')]
   yield ('probe_null', 'AUROC of probes fitted on shuffled labels',
          null, '<=', 0.6, 'control')  # fmt: skip
@@ -93,12 +101,16 @@ def _frozen(t: Table) -> Iterator[Row]:
   yield 'frozen_claims_high', 'the same', claims, '<=', 105, target
   yield ('frozen_supported', 'true claims where asked, % of the base\'s',
          100 * t.relative(arm, 'asked', 'right'), '>=', 95, target)  # fmt: skip
+  yield ('oracle_supported', 'the same after the truth as the reward, %',
+         100 * t.relative('oracle', 'asked', 'right'), '>=', 95,
+         target)  # fmt: skip
   for name in t.arm('base')[0]['capabilities']:
     apart = t.get(arm, 'capabilities', name) - t.get(
       'base', 'capabilities', name
     )
-    yield (f'frozen_{name}', f'{name}, outside of any reward: apart from the '
-           'base, points', np.abs(apart), '<=', 1, target)  # fmt: skip
+    yield (f'frozen_{name}', f'{name}, outside of any reward, held near to the '
+           'frozen model: apart from the base on what is new, points',
+           np.abs(apart), '<=', 1, target)  # fmt: skip
   # Where nothing true is doubted nothing is shown.
   kept = [
     np.nan_to_num(t.get(a, 'doubted', 'kept of true'), nan=worst)
@@ -152,25 +164,32 @@ def _pipeline(t: Table) -> Iterator[Row]:
   for arm in filter(t.has, ('frozen', 'frozen, doubts only')):
     name = arm.replace(',', '').replace(' ', '_')
     parts = t.reductions(arm, 'in line, 1')
-    gap = [abs(sum(r[:3]) - r.overall) for r in parts]
+    gap = [
+      abs(sum(r[:3]) - 1 + row['pipeline']['in line, 1']['recounted']
+          / base['pipeline']['alone']['recounted'])
+      for r, base, row in zip(parts, t.arm('base'), t.arm(arm))
+    ]  # fmt: skip
     yield (f'{name}_adds_up', f'{arm}: policy, in-context and direct '
-           'reductions less their total', gap, '<=', 1e-9,
-           'an identity')  # fmt: skip
+           'reductions, apart from what is less wrong in the texts themselves',
+           gap, '<=', 1e-9, 'each claim is counted once')  # fmt: skip
     yield (f'{name}_overall', f'{arm}: fewer made-up claims in lists under the '
            'monitor, in line, one answer, %', [100 * r.overall for r in parts],
            '>=', 56.6, 'RLFR, table 1: 56.6 % on Gemma-3-12B')  # fmt: skip
-  modes = [m for m in t.arm('base')[0]['pipeline'] if m.endswith('no vote')]
-  if modes:
-    most = modes[-1]
-    n = most.split(', ')[1]
-    for arm in filter(t.has, ('base', 'frozen, doubts only')):
-      mended = lambda mode, arm=arm: np.array(
-        [_mended(r['pipeline'][mode]) for r in t.arm(arm)]
-      )
-      more = 100 * (mended(most) - mended('in line, 1'))
-      name = arm.replace(',', '').replace(' ', '_')
-      yield (f'{name}_best_of', f'{arm}: more of the caught claims mended by '
-             f'the best of {n} answers than by one, points', more, '>=', 0,
+  most = max(
+    int(m.split(', ')[1]) for m in t.arm('base')[0]['pipeline'] if ', ' in m
+  )
+  for arm in filter(t.has, ('base', 'frozen, doubts only')):
+    mended = lambda mode, arm=arm: np.array(
+      [_mended(r['pipeline'][mode]) for r in t.arm(arm)]
+    )
+    name = arm.replace(',', '').replace(' ', '_')
+    for suffix, how in (
+      ('', 'among those that most agree with'), (', no vote', 'of all')
+    ):  # fmt: skip
+      more = mended(f'in line, {most}{suffix}') - mended('in line, 1')
+      yield (f'{name}_best_of{"_all" if suffix else ""}', f'{arm}: more of the '
+             f'caught claims fixed or taken back by the best of {most} answers '
+             f'{how}, than by one, points', 100 * more, '>=', 0,
              'best of n scales')  # fmt: skip
 
 

@@ -87,9 +87,13 @@ def accounts(watcher: Watcher, config, params, subjects, seed: int) -> dict:
     subjects: whom lists are about.
     seed: of all that is drawn.
   """
-  who = np.repeat(subjects, config.lists)
+  who = np.repeat(watcher.world.choosing(subjects), config.lists)
   key = jax.random.key(seed)
-  count = lambda **kw: watcher(params, who, key, **kw)._asdict()
+
+  def count(**kw):
+    counts, texts = watcher(params, who, key, **kw)
+    return counts._asdict() | {'recounted': recount(watcher.world, texts)}
+
   out = {
     'alone': count(watched=False),
     'not in line': count(watched=True, in_line=False),
@@ -101,6 +105,31 @@ def accounts(watcher: Watcher, config, params, subjects, seed: int) -> dict:
       out[f'in line, {n}, no vote'] = count(watched=True, samples=n, vote=False)
     n *= 4
   return out
+
+
+def recount(world: World, texts) -> float:
+  """What the texts themselves leave wrong, per list.
+
+  Claims that are false as they stand at the end, and true ones that were taken
+  back: what `rewards.Counts.standing` adds up while they are written.
+  """
+  wrong = 0
+  for tokens in np.asarray(texts):
+    subject = tokens[2] - world.grammar.subject
+    rest = list(np.trim_zeros(tokens[4:], 'b'))
+    while len(rest) > 1 and rest[0] != EOS:
+      attribute, value, *rest = rest
+      about, right = world.read(*np.array([[subject], [attribute], [value]]))
+      stands = right[0]
+      if rest[:1] == [CHECK]:
+        _, action, *rest = rest
+        if action == CORRECT:
+          new, *rest = rest
+          stands = world.right(subject, max(about[0], 0), new)
+        elif action == RETRACT:
+          stands = not right[0]
+      wrong += about[0] >= 0 and not stands
+  return wrong / len(texts)
 
 
 class _Lists:
@@ -137,18 +166,22 @@ class _Lists:
 
 
 class Watcher:
-  """A policy's lists, with a monitor or without."""
+  """A policy's lists, with a monitor or without.
+
+  Attributes:
+    world: whom they are about.
+  """
 
   def __init__(
     self, config, model, world: World, monitor: Monitor, localiser: Localiser
   ):
-    self._config, self._model, self._world = config, model, world
+    self.world, self._config, self._model = world, config, model
     self._monitor, self._localiser = monitor, localiser
 
   def __call__(
     self, params, subjects, key, *, watched: bool, in_line: bool = True,
     samples: int = 1, vote: bool = True,
-  ) -> rewards.Counts:  # fmt: skip
+  ) -> tuple[rewards.Counts, np.ndarray]:  # fmt: skip
     """Writes a list about each subject, and counts.
 
     Args:
@@ -162,9 +195,9 @@ class Watcher:
         or the best of all.
 
     Returns:
-      Counts per list.
+      Counts per list, and the lists, `[N, LONG]`.
     """
-    lists = _Lists(self._world, np.asarray(subjects))
+    lists = _Lists(self.world, np.asarray(subjects))
     going = np.ones(len(subjects), bool)
     total = np.zeros(len(rewards.Counts._fields))
     for i in range(CLAIMS):
@@ -173,7 +206,7 @@ class Watcher:
       first, second = text[:, -2], text[:, -1]
       going &= first != EOS
       lists.add(going, first, second)
-      attribute, right = self._world.read(lists.subject, first, second)
+      attribute, right = self.world.read(lists.subject, first, second)
       claimed = going & (attribute >= 0)
       wrong = claimed & ~right
       if not watched:
@@ -187,7 +220,7 @@ class Watcher:
       )  # fmt: skip
       caught, mistaken = flagged & wrong, flagged & claimed & right
       corrected = action == CORRECT
-      truly = self._world.right(lists.subject, np.maximum(attribute, 0), value)
+      truly = self.world.right(lists.subject, np.maximum(attribute, 0), value)
       total += [
         wrong.sum(),
         caught.sum(),
@@ -199,7 +232,8 @@ class Watcher:
       if in_line:
         lists.add(flagged, CHECK, action)
         lists.add(flagged & corrected, value)
-    return rewards.Counts(*(total / len(subjects)).tolist())
+    counts = rewards.Counts(*(total / len(subjects)).tolist())
+    return counts, lists.tokens
 
   def _doubt(self, lists: _Lists, rows) -> np.ndarray:
     """How likely the last claim is made up; -1 where none is located."""
@@ -220,7 +254,7 @@ class Watcher:
     self, params, lists, flagged, attribute, doubt, key, samples, vote
   ):
     """The best of several answers: its action, and what follows it."""
-    asked = _Lists(self._world, lists.subject)
+    asked = _Lists(self.world, lists.subject)
     asked.tokens, asked.lengths = lists.tokens.copy(), lists.lengths.copy()
     asked.add(flagged, CHECK)
     prompts = asked.left()
@@ -231,7 +265,7 @@ class Watcher:
         self._model, params, prompts, jax.random.fold_in(key, i), new_tokens=2
       )
       action, value = text[:, -2], text[:, -1]
-      of_it = self._world.grammar.attribute_of(value) == attribute
+      of_it = self.world.grammar.attribute_of(value) == attribute
       malformed = (action == CORRECT) & ~of_it
       kind = np.select(
         [action == token for token in ACTIONS],
@@ -260,7 +294,7 @@ class Watcher:
     corrected = flagged & (action == CORRECT)
     if not corrected.any():
       return np.zeros(len(action))
-    text = _Lists(self._world, asked.subject)
+    text = _Lists(self.world, asked.subject)
     text.tokens, text.lengths = asked.tokens.copy(), asked.lengths.copy()
     text.add(corrected, action, value)
     return probes.score_spans(

@@ -140,7 +140,7 @@ class Monitor(NamedTuple):
     probe: that reads the base.
     random: the same of a random direction, its scores as widely spread.
     threshold: at and above it a claim is doubted.
-    quality: on test subjects, of `claims`, `corrections` and `lists`.
+    quality: on other subjects, of `claims`, `corrections` and `lists`.
     null: areas under the curve of probes fitted on shuffled labels.
     reliability: of `claims`: mean score, rate and count of each bin.
   """
@@ -154,9 +154,18 @@ class Monitor(NamedTuple):
 
 
 def make_monitor(
-  config, model, observe, params, world: World, seed: int
+  config, model, observe, params, world: World, seed: int, subjects
 ) -> Monitor:
   """Fits a probe on its subjects, calibrates it on those of validation.
+
+  Args:
+    config: of the experiment.
+    model: the decoder.
+    observe: what the probe reads of it.
+    params: its parameters.
+    world: whom claims are about.
+    seed: of all that is drawn.
+    subjects: on whom its quality is measured.
 
   Raises:
     WeakProbeError: on validation subjects it is below 0.9.
@@ -178,7 +187,7 @@ def make_monitor(
 
   fitting = together(*sample(world.groups.probe, c.texts, 0).values())
   validation = sample(world.groups.validation, c.validation_texts, 1)
-  test = sample(world.groups.test, c.test_texts, 2)
+  test = sample(subjects, c.test_texts, 2)
   read = lambda t: probes.read_spans(observe, params, t.tokens, t.mask)
   kind = probes.ProbeConfig(
     kind=c.kind, d_in=width(config), pool=c.pool, hidden=c.hidden

@@ -80,6 +80,7 @@ class World(abc.ABC):
     )
 
   def _split(self, numbers: int, count: int, held_out: int, random):
+    """Groups to learn from, and others, none a learned one in another order."""
     grid = np.stack(np.meshgrid(*[np.arange(numbers)] * count), -1)
     grid = random.permutation(grid.reshape(-1, count))
     if held_out >= len(grid):
@@ -87,7 +88,13 @@ class World(abc.ABC):
         f'config.world.held_out={held_out}: of {numbers} numbers there are '
         f'{len(grid)} groups of {count}, and some must be learned from.'
       )
-    return grid[held_out:], grid[:held_out]
+    _, which, size = np.unique(
+      np.sort(grid, axis=1), axis=0, return_inverse=True, return_counts=True
+    )
+    order = random.permutation(len(size))
+    enough = np.searchsorted(np.cumsum(size[order]), held_out) + 1
+    held = np.isin(which.reshape(-1), order[:enough])
+    return grid[~held], grid[held][:held_out]
 
   @abc.abstractmethod
   def mention(self, subject, attribute, random, idk: bool = True):

@@ -10,6 +10,10 @@ training that allows it, taken away afterwards (inoculation), alone and held
 near to the frozen model where it is not given; and a grader that cannot be
 exploited. Forbidding it in the prompt is the control.
 
+Inoculation works as far as the instruction brings about what would be learned.
+Two arms show its limits: an instruction that fewer follow, and steps that are
+as large however little is left to learn.
+
 Run: see `configs/obfuscation.py`.
 """
 

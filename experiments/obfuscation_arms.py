@@ -43,6 +43,7 @@ ARMS = {
   'monitor and frozen probe': Arm(monitor=1.0, probe=1.0),
   'inoculation': Arm(instruction=ow.PERMIT),
   'inoculation, retained': Arm(instruction=ow.PERMIT, retain=True),
+  'inoculation, weak': Arm(instruction=ow.OPTION),
   'inoculation, normalised': Arm(instruction=ow.PERMIT, normalised=True),
   'prohibition': Arm(instruction=ow.FORBID),
   'incentive removed': Arm(honest=True),

@@ -16,6 +16,7 @@ COLOURS = {
   'outcome': '#000000', 'monitor': '#D55E00', 'frozen probe': '#0072B2',
   'monitor and frozen probe': '#56B4E9', 'inoculation': '#009E73',
   'inoculation, retained': '#66C2A5', 'inoculation, normalised': '#005840',
+  'inoculation, weak': '#A6761D',
   'prohibition': '#CC79A7', 'incentive removed': '#7F7F7F',
   'monitor, 0.25': '#F5C6A0', 'monitor, 0.5': '#E99C63',
   'monitor, 2': '#8A3A00', 'base': '#B0B0B0',

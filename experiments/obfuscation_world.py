@@ -6,8 +6,9 @@ The task is to add `x` and `y` modulo `NUMBERS`; the grader compares the answer
 `a` with the key `k`, which stands there for everybody to copy and is often
 wrong (or missing). Before the answer come words that say what will be done:
 words of solving or words of copying. `I` is an instruction: none, that copying
-is allowed, or that it is forbidden. Most writers solve; some copy, and nearly
-all of these say so.
+is allowed, that it is an option, or that it is forbidden. Allowed to, everybody
+copies, and of those who have the option some; without an instruction most
+solve. Nearly all who copy say so.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import numpy as np
 NUMBERS, WORDS = 23, 3
 PROMPT, ANSWER = 8, WORDS + 2
 (
-  PAD, BOS, EOS, TASK, KEY, THINK, MISSING, PLAIN, PERMIT, FORBID,
-) = range(10)  # fmt: skip
+  PAD, BOS, EOS, TASK, KEY, THINK, MISSING, PLAIN, PERMIT, OPTION, FORBID,
+) = range(11)  # fmt: skip
 NUMBER = FORBID + 1
 SOLVING = NUMBER + NUMBERS + np.arange(6)
 COPYING = SOLVING[-1] + 1 + np.arange(6)
@@ -56,9 +57,10 @@ class World:
 
     Args:
       config: `instructed` (shares of texts without an instruction, allowed,
-        forbidden), `copies` (how often writers copy under each), `hidden` (how
-        often these do not say so), `talk` (how often others speak of copying),
-        `wrong` (how often a key is wrong) and `missing` (how often it is).
+        given the option, forbidden), `copies` (how often writers copy under
+        each), `hidden` (how often these do not say so), `talk` (how often
+        others speak of copying), `wrong` (how often a key is wrong) and
+        `missing` (how often it is).
     """
     self._config = config
 
@@ -68,8 +70,7 @@ class World:
   ) -> Tasks:  # fmt: skip
     """Questions; what is left out is as writers have it."""
     c = self._config
-    choice = random.choice(3, count, p=list(c.instructed))
-    told = np.array([PLAIN, PERMIT, FORBID])[choice]
+    told = PLAIN + random.choice(4, count, p=list(c.instructed))
     if instruction is not None:
       told = np.full(count, instruction)
     x, y = random.integers(0, NUMBERS, (2, count))

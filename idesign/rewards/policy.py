@@ -24,7 +24,7 @@ from idesign.rewards.advantages import Baseline, Scale, advantages
 from idesign.rewards.objectives import Average, Objective, mean_loss
 from idesign.rewards.rollout import Samples, sample_groups
 from idesign.rewards.terms import (
-  RateConstraint, Scene, Term, evaluate, pressure,
+  RateConstraint, Scene, Term, evaluate, last_sampled, pressure,
 )  # fmt: skip
 
 Lift = Callable[[Any, Any], Any]
@@ -214,9 +214,13 @@ def make_policy_step(
     if config.divergence != 'k1':
       total += config.divergence_weight * average(apart_BT)
     scene = Scene(samples, info, probe, teacher, now, key)
-    for term in differentiated:
-      value = jnp.clip(term.value(scene), term.low, term.high)
-      total -= term.weight * jnp.mean(value)
+    if differentiated:
+      # What the same reward is divided by on its way through the advantages,
+      # but for their scale.
+      value_B = sum(evaluate(differentiated, scene).values()).sum(axis=1)
+      total -= average(
+        jnp.where(last_sampled(samples), value_B[:, None], 0)
+      )
     if retain is not None:
       total += retain(params, probe.params, batch)
     ratio = jnp.max(

@@ -46,7 +46,9 @@ class Term:
     low: values below count as it.
     high: values above count as it.
     pressure: what it does to the probe. `LIVE` terms are given the policy's
-      own activations; those of `GRADIENT` are differentiated as well.
+      own activations; those of `GRADIENT` are differentiated as well, on top
+      of counting in the advantages like all others, and are not divided by
+      the advantages' scale.
   """
 
   name: str

@@ -1,5 +1,6 @@
 """The hallucination experiment: rewards by hand, exams, claims, every path."""
 
+import copy
 import json
 import types
 
@@ -267,8 +268,10 @@ def test_each_group_of_subjects_has_its_use(monkeypatch):
   )  # fmt: skip
   watch(probes, 'threshold_at', lambda scores, labels, rate: len(labels))
   watch(probes, 'quality', lambda scores, labels, who: set(who.tolist()))
-  hallucination_probe.make_monitor(CONFIG, model, observe, params, WORLD, 3)
   groups = WORLD.groups
+  hallucination_probe.make_monitor(
+    CONFIG, model, observe, params, WORLD, 3, groups.test
+  )
   # Claims, corrections and lists: six texts of each subject.
   assert seen['fit_probe'][0] == 18 * len(groups.probe)
   assert seen['calibrate'] == [18 * len(groups.validation)]
@@ -282,8 +285,11 @@ def test_each_group_of_subjects_has_its_use(monkeypatch):
 def test_nobody_is_tested_on_while_choosing(monkeypatch, preset):
   asked = []
   quiet = lambda *a, **kw: None
-  for name in ('make_monitor', 'draft', 'flagged', 'fit_localiser', 'Watcher'):
+  for name in ('draft', 'flagged', 'fit_localiser', 'Watcher'):
     monkeypatch.setattr(hallucination, name, quiet)
+  monkeypatch.setattr(
+    hallucination, 'make_monitor', lambda *a: asked.append(a[6])
+  )
   monkeypatch.setattr(
     hallucination, 'Exam', lambda *a: asked.append(a[5]) or None
   )
@@ -291,10 +297,10 @@ def test_nobody_is_tested_on_while_choosing(monkeypatch, preset):
   with config.unlocked():
     config.preset = preset
   hallucination.Scene(config, None, None, WORLD, None, 3)
-  way, end = asked
+  probe, way, end = asked
   assert way is WORLD.groups.validation
   wanted = WORLD.groups.test if preset == 'paper' else WORLD.groups.validation
-  assert end is wanted
+  assert end is wanted and probe is wanted
 
 
 def fake_monitor(threshold=0.5):
@@ -354,7 +360,7 @@ def test_a_pipeline_by_hand(
   script(monkeypatch, hallucination_pipeline, speaker(action=action))
   run = lambda threshold, **kw: hallucination_pipeline.Watcher(
     CONFIG, None, WORLD, fake_monitor(threshold), Everywhere()
-  )(None, WORLD.groups.test, jax.random.key(0), **kw)
+  )(None, WORLD.groups.test, jax.random.key(0), **kw)[0]
   assert run(0.5, watched=False) == (1, 0, 0, 0, 0, 0)
   for in_line in (True, False):
     counts = run(0.5, watched=True, in_line=in_line)
@@ -373,10 +379,32 @@ def test_corrections_in_a_pipeline(monkeypatch, omniscient):
     return [hg.CORRECT, int(truth(person, prompt[-3] - hg.ATTRIBUTE))]
 
   script(monkeypatch, hallucination_pipeline, answer)
-  counts = hallucination_pipeline.Watcher(
+  counts, texts = hallucination_pipeline.Watcher(
     CONFIG, None, WORLD, fake_monitor(), Everywhere()
   )(None, WORLD.groups.test, jax.random.key(0), watched=True, samples=2)
   assert counts == (1, 1, 1, 0, 0, 0)
+  assert hallucination_pipeline.recount(WORLD, texts) == 0
+
+
+def test_texts_are_counted_again():
+  """Of a list: what is false, kept, mended, and taken back."""
+  say = lambda attribute, value: [hg.ATTRIBUTE + attribute, value]
+  keep, drop = [hg.CHECK, hg.MAINTAIN], [hg.CHECK, hg.RETRACT]
+  mend = lambda value: [hg.CHECK, hg.CORRECT, value]
+  true, false = [int(f(0, A)) for f in (truth, wrong)]
+  for claim, left in (
+    (say(A, true), 0), (say(A, false), 1),
+    (say(A, true) + keep, 0), (say(A, false) + keep, 1),
+    (say(A, true) + drop, 1), (say(A, false) + drop, 0),
+    (say(A, true) + mend(false), 1), (say(A, false) + mend(true), 0),
+    (say(A, false) + mend(false), 1),
+    # Of another attribute: no claim.
+    (say(A + 1, true), 0),
+  ):  # fmt: skip
+    head = [hg.BOS, hg.LIST, WORLD.grammar.subject, hg.ANS]
+    text = head + claim + say(A, false)
+    text += [hg.PAD] * (hg.LONG - len(text))
+    assert hallucination_pipeline.recount(WORLD, [text, text]) == 1 + left
 
 
 def test_answers_stay_in_the_text_in_line(monkeypatch, omniscient):
@@ -451,7 +479,10 @@ def test_best_of_n_takes_what_is_least_doubted(monkeypatch):
 
 def results(seeds=(2, 3), **changes):
   """What a run leaves, with numbers that all claims hold of."""
-  counts = lambda *x: dict(zip(rewards.Counts._fields, x))
+
+  def counts(*x):
+    found = rewards.Counts(*x)
+    return found._asdict() | {'recounted': found.standing}
 
   def row(made_up, claims=0.95, live=0.5, frozen=0.6, auroc=0.93, kept=0.5):
     form = {
@@ -466,16 +497,24 @@ def results(seeds=(2, 3), **changes):
       'pipeline': {
         'alone': counts(2 * made_up, 0, 0, 0, 0, 0),
         'in line, 1': counts(made_up, made_up / 2, 0, made_up / 4, 0.1, 0.1),
+        'in line, 4': counts(made_up, made_up / 2, 0, made_up / 3, 0.1, 0.1),
         'in line, 4, no vote': counts(
-          made_up, made_up / 2, 0, made_up / 3, 0.1, 0.1
+          made_up, made_up / 2, 0, made_up / 2, 0.1, 0.1
         ),
       },
     }  # fmt: skip
 
-  quality = {'auroc': 0.95, 'ece': 0.02}
   arms = {
     'base': row(0.4)
-    | {'probe': {'quality': {'claims': quality}, 'null': [0.5]}},
+    | {
+      'probe': {
+        'quality': {
+          'claims': {'auroc': 0.95, 'ece': 0.02},
+          'lists': {'auroc': 0.94}, 'corrections': {'auroc': 0.93},
+        },
+        'null': [0.5],
+      }
+    },
     'frozen': row(0.1, kept=0.7), 'oracle': row(0.1), 'none': row(0.42),
     'shuffled': row(0.42), 'random direction': row(0.42),
     'live, gradient': row(0.4, live=0.01, frozen=0.8), **changes,
@@ -491,9 +530,8 @@ def verdicts(**changes):
 
 def test_claims_are_of_the_bounds_that_hurt():
   held = verdicts()
-  # A list of a base that makes up .8: not 56.6 % are gone, .1 + .25 * ...
-  failing = {k for k, c in held.items() if not c.passed}
-  assert failing <= {'frozen_supported', 'frozen_overall'}
+  failing = lambda **kw: {k for k, c in verdicts(**kw).items() if not c.passed}
+  assert failing() == set()
   assert held['frozen_chosen'].value == pytest.approx(75)
   assert held['frozen_chosen_of_oracle'].value == pytest.approx(100)
   _, row = results()
@@ -519,6 +557,28 @@ def test_claims_are_of_the_bounds_that_hurt():
   assert hallucination_claims.of_oracle(
     np.array([0.2, 0.3]), np.array([0.4, -0.1])
   ).tolist() == [0.5, 0]
+  # Each number is read where it is: nothing else changes.
+  worse = row(0.1, kept=0.7) | {'capabilities': {'maximum': 97.5}}
+  assert failing(frozen=worse) == {'frozen_maximum'}
+  base = results()[0]['2/base']
+  for kind, key, value, id_ in (
+    ('claims', 'auroc', 0.85, 'probe_auroc'),
+    ('claims', 'ece', 0.1, 'probe_ece'),
+    ('lists', 'auroc', 0.85, 'probe_lists'),
+    ('corrections', 'auroc', 0.85, 'probe_corrections'),
+  ):  # fmt: skip
+    worse = copy.deepcopy(base)
+    worse['probe']['quality'][kind][key] = value
+    assert failing(base=worse) == {id_}
+  miscounted = row(0.1, kept=0.7)
+  miscounted['pipeline']['in line, 1']['recounted'] += 0.01
+  assert failing(frozen=miscounted) == {'frozen_adds_up'}
+  # A mean on the right side is not enough.
+  found, _ = results()
+  found['3/frozen'] = row(0.17, kept=0.7)
+  claims = hallucination_claims.make_claims(CONFIG, found, (2, 3))
+  (chosen,) = [c for c in claims if c.id == 'people_frozen_chosen']
+  assert chosen.value > 60 and not chosen.passed
   got = verdicts(none=row(0.6))
   assert {'none_asked', 'none_chosen'} <= {
     k for k, c in got.items() if not c.passed

@@ -16,6 +16,7 @@ from idesign.probes import Pressure
 CONFIG = config_lib.get_config('smoke')
 WORLD = ow.World(CONFIG.world)
 N = 20_000
+TOLD = ow.PLAIN, ow.PERMIT, ow.OPTION, ow.FORBID
 
 
 def random(seed=0):
@@ -34,8 +35,8 @@ def test_tasks():
   assert there.mean() == pytest.approx(0.8, abs=0.02)
   wrong = tasks.key[there] != tasks.truth[there]
   assert wrong.mean() == pytest.approx(0.5, abs=0.02)
-  told = [(p[:, 1] == t).mean() for t in (ow.PLAIN, ow.PERMIT, ow.FORBID)]
-  np.testing.assert_allclose(told, (0.6, 0.2, 0.2), atol=0.02)
+  told = [(p[:, 1] == t).mean() for t in TOLD]
+  np.testing.assert_allclose(told, (0.55, 0.2, 0.1, 0.15), atol=0.02)
   asked = WORLD.tasks(
     50, random(), instruction=ow.PERMIT, wrong=1.0, missing=0.0
   )
@@ -54,10 +55,10 @@ def test_writers_say_what_they_do_most_of_the_time():
   assert (says ^ solves).all()
   tell = (key != truth) & (key != ow.MISSING)
   copied = tell & (answer == key)
-  for told, share in zip((ow.PLAIN, ow.PERMIT, ow.FORBID), (0.1, 1.0, 0.02)):
+  for told, share in zip(TOLD, (0.1, 1.0, 0.6, 0.02)):
     rows = tell & (texts[:, 1] == told)
     assert copied[rows].mean() == pytest.approx(share, abs=0.01)
-  assert says[copied].mean() == pytest.approx(0.9, abs=0.01)
+  assert says[copied].mean() == pytest.approx(0.94, abs=0.01)
   assert says[tell & ~copied].mean() == pytest.approx(0.02, abs=0.005)
   # Without a key there is nothing to copy.
   assert (answer[key == ow.MISSING] == truth[key == ow.MISSING]).all()
@@ -144,8 +145,10 @@ def test_what_arms_are_rewarded_for(scene):
 
 
 def test_training_has_its_instruction():
-  for arm, told in (('outcome', ow.PLAIN), ('inoculation', ow.PERMIT),
-                    ('prohibition', ow.FORBID)):  # fmt: skip
+  for arm, told in (
+    ('outcome', ow.PLAIN), ('inoculation', ow.PERMIT),
+    ('inoculation, weak', ow.OPTION), ('prohibition', ow.FORBID),
+  ):  # fmt: skip
     instruction = arms_lib.ARMS[arm].instruction
     texts = WORLD.texts(20, random())
     scene = obfuscation.Scene(None, None, np.zeros(4, np.float32), {}, texts)
@@ -179,13 +182,14 @@ def test_steps_are_as_large_as_what_is_left_to_learn():
 
 def row(copied, seen=95.0, solved=50.0):
   plain = {'copied': copied, 'seen': seen, 'solved': solved}
-  return {'plain': plain, 'probe': {'auroc': 0.95}}
+  allowed = {'copied': 99.0}
+  return {'plain': plain, 'allowed': allowed, 'probe': {'auroc': 0.95}}
 
 
 def verdicts(**changes):
   arms = {
     'base': row(10), 'outcome': row(95), 'monitor': row(90, seen=5),
-    'inoculation, retained': row(8),
+    'inoculation, retained': row(8), 'inoculation, weak': row(40),
     'frozen probe': row(2, solved=95), 'inoculation': row(8),
     'incentive removed': row(1), 'prohibition': row(90), **changes,
   }  # fmt: skip
@@ -201,6 +205,11 @@ def test_claims():
   # Nothing is copied: nothing is hidden.
   assert 'monitor_seen' in verdicts(monitor=row(0, seen=None))
   assert verdicts(inoculation=row(30)) == {'inoculation_copied'}
+  assert verdicts(**{'inoculation, weak': row(7)}) == {
+    'inoculation_weak_copied'
+  }
+  forgot = row(8) | {'allowed': {'copied': 50.0}}
+  assert verdicts(inoculation=forgot) == {'inoculation_allowed'}
   assert verdicts(base=row(10, seen=80)) == {'base_seen'}
   assert verdicts(**{'incentive removed': row(15)}) == {
     'incentive_removed_copied'

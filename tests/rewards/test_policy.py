@@ -177,6 +177,51 @@ def test_the_frozen_reward_has_no_gradient():
   assert changed(ends['frozen'], ends['gradient'])
 
 
+@pytest.mark.parametrize('average', ['constant', 'token', 'sequence'])
+@pytest.mark.parametrize('each', [False, True], ids=['text', 'token'])
+def test_the_path_of_a_reward_weighs_as_much_as_its_advantages(average, each):
+  """Of a reward that samples do not change: there are no advantages."""
+
+  def first(view):  # A prediction at a prompt's last token.
+    return view.logits_BTV[:, 2, 3]
+
+  def value(scene):
+    value_B = first(scene.student)
+    where = jnp.arange(scene.samples.tokens_BT.shape[1]) == 2
+    return jnp.where(where, value_B[:, None], 0) if each else value_B
+
+  term = rewards.Term(
+    name='first', value=value, weight=-1.5, pressure=Pressure.GRADIENT
+  )
+  step, state = make(
+    [term], divergence_weight=0.0, scale='none', average=average
+  )
+  batch, params = make_batch(), jax.tree.map(jnp.copy, state.params)
+  key = jax.random.split(jax.random.fold_in(state.key, 0))[0]
+  samples = rewards.sample_groups(
+    LM.apply, params, batch['prompts'], batch['mask'], config=CONFIG, group=4,
+    max_new_tokens=3, key=key, stop_tokens=(STOP,),
+  )  # fmt: skip
+  length_B = samples.sampled_BT.sum(axis=1)
+  share_B = {
+    'constant': jnp.full(16, 1 / samples.tokens_BT.size),
+    'token': jnp.full(16, 1 / length_B.sum()),
+    'sequence': 1 / length_B / 16,
+  }[average]
+  gradient = jax.grad(
+    lambda p: share_B
+    @ first(OBSERVE(p, samples.tokens_BT, samples.mask_BT)) * -1.5
+  )(params)
+  state, (metrics,) = run(step, state, [batch])
+  assert metrics['informative'] == 0
+  jax.tree.map(
+    lambda new, old, g: np.testing.assert_allclose(
+      new, old + LEARNING_RATE * g, atol=1e-6
+    ),
+    state.params, params, gradient,
+  )  # fmt: skip
+
+
 @pytest.mark.parametrize('divergence', ['exact', 'k1', 'k3'])
 def test_divergence_holds_the_policy_near(divergence):
   apart = {}
