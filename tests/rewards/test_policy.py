@@ -177,8 +177,9 @@ def test_the_frozen_reward_has_no_gradient():
   assert changed(ends['frozen'], ends['gradient'])
 
 
-@pytest.mark.parametrize('average', ['constant', 'token', 'sequence'])
-@pytest.mark.parametrize('each', [False, True], ids=['text', 'token'])
+@pytest.mark.parametrize(
+  'average,each', [('constant', False), ('token', True), ('sequence', False)]
+)
 def test_the_path_of_a_reward_weighs_as_much_as_its_advantages(average, each):
   """Of a reward that samples do not change: there are no advantages."""
 
