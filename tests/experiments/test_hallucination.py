@@ -139,6 +139,21 @@ def test_shuffled_scores_are_those_of_the_same_kind():
     assert abs(np.corrcoef(got[half], own[half])[0, 1]) < 0.5
 
 
+def test_shuffled_scores_of_claims_are_those_of_claims():
+  """What is read where nothing is claimed goes to no claim."""
+  rows = (ROWS[0], ROWS[2]) * 40 + (ROWS[6], ROWS[9]) * 40
+  doubts = np.zeros((160, WIDTH))
+  doubts[0:80:2, hg.PROMPT] = np.linspace(0, 0.4, 40)
+  doubts[1:80:2, hg.PROMPT] = 0.9
+  # Of doubts about the same draft: what is said in its place.
+  doubts[80:, hg.PROMPT + 1] = np.tile([0.9, 0.2], 40)
+  own, _ = values(Arm('frozen'), rows, doubts)
+  got, _ = values(Arm('shuffled'), rows, doubts)
+  np.testing.assert_allclose(np.sort(got[0:80:2]), np.sort(own[0:80:2]))
+  assert (got[0:80:2] != own[0:80:2]).any()
+  np.testing.assert_allclose(got[81::2], own[81::2])
+
+
 def test_only_claims_are_caught_by_a_gradient():
   task, caught = make_terms(CONFIG, ARMS['live, gradient'], WORLD.grammar)
   assert task.pressure is Pressure.LIVE
@@ -148,6 +163,11 @@ def test_only_claims_are_caught_by_a_gradient():
   np.testing.assert_allclose(
     got, np.where(claims, 0.05 + 0.01 * np.arange(len(ROWS)), 0), rtol=1e-5
   )
+  # And nowhere else: of a claim the task is what it is without a doubt.
+  got = np.asarray(task.value(scene(ROWS, P)))
+  asked = np.array([kind != hg.DOUBTED for kind, *_ in ROWS])
+  for rows, arm in ((asked, 'none'), (~asked, 'live')):
+    np.testing.assert_allclose(got[rows], values(Arm(arm))[0][rows], rtol=1e-6)
 
 
 def script(monkeypatch, module, answer):
@@ -384,6 +404,20 @@ def test_corrections_in_a_pipeline(monkeypatch, omniscient):
   )(None, WORLD.groups.test, jax.random.key(0), watched=True, samples=2)
   assert counts == (1, 1, 1, 0, 0, 0)
   assert hallucination_pipeline.recount(WORLD, texts) == 0
+
+
+def test_lists_are_about_those_who_can_fill_them(monkeypatch):
+  asked = []
+
+  def watcher(params, who, key, **kw):
+    asked.append(who)
+    return rewards.Counts(*[0] * 6), np.zeros((1, hg.LONG), int)
+
+  watcher.world = WORLD
+  few = WORLD.groups.test[:2]
+  monkeypatch.setattr(WORLD, 'choosing', lambda subjects: subjects[1:])
+  hallucination_pipeline.accounts(watcher, CONFIG.exam, None, few, 0)
+  assert all(set(who) == {few[1]} for who in asked) and len(asked) > 3
 
 
 def test_texts_are_counted_again():
