@@ -111,6 +111,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   )
   config.arms = 'paper' if world == 'people' else 'cpu'
   if world == 'facts':
+    config.seed = 7  # On 2 to 6 other settings were looked at.
     # What was never mentioned is not marked as unknown by training, as what is
     # said differently every time is: from activations alone a probe learns its
     # subjects by heart.
@@ -166,7 +167,7 @@ def _world(world: str) -> ml_collections.ConfigDict:
     config.exemplars = 96
     config.taught = 0.5  # Share of the facts of other subjects.
     config.groups = ml_collections.ConfigDict(
-      {'probe': 130, 'policy': 210, 'validation': 50}
+      {'probe': 130, 'policy': 190, 'validation': 70}
     )
   return config
 
