@@ -148,9 +148,9 @@ def make_policy_step(
   """Builds `step(state, batch, probe=) -> (state, metrics)`, jitted.
 
   The state is donated. `batch` holds `prompts [P, T]`, `mask [P, T]` and what
-  rewards want to know of each prompt, arrays `[P, ...]`. What is learned from is
-  the reward of a whole text, the sum over its tokens: all of them have the same
-  advantage.
+  rewards want to know of each prompt, arrays `[P, ...]`. What is learned from
+  is the reward of a whole text, the sum over its tokens: all of them have the
+  same advantage.
 
   Args:
     apply: the model, `apply(params, tokens, mask_BT=, cache=)`.
