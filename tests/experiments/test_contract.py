@@ -12,7 +12,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments import contract, memorization_claims, pirate_claims
+from experiments import (
+  contract, memorization_claims, obfuscation_claims, pirate_claims,
+)  # fmt: skip
 from experiments.contract import page
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -219,6 +221,11 @@ def test_the_readme_shows_the_committed_claims():
     ('memorization-vit', memorization_claims.make_claims, 'vit-paper'),
     ('pirate', pirate_claims.make_claims, 'separable-paper'),
     ('pirate-entangled', pirate_claims.make_claims, 'entangled-paper'),
+    (
+      'obfuscation',
+      lambda config, *a: obfuscation_claims.make_claims(*a),
+      'paper',
+    ),
   ],
 )
 def test_committed_claims_are_those_of_the_committed_results(
