@@ -207,7 +207,7 @@ def _shuffled(key, score_B, group_B):
   """Scores of the same group, in another order."""
   noise = jax.random.uniform(key, score_B.shape)
   # Both sorted by group, one of them in a random order within it.
-  here, there = jnp.lexsort((noise * 0, group_B)), jnp.lexsort((noise, group_B))
+  here, there = jnp.argsort(group_B), jnp.lexsort((noise, group_B))
   return score_B.at[here].set(score_B[there])
 
 
