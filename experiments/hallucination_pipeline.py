@@ -107,29 +107,45 @@ def accounts(watcher: Watcher, config, params, subjects, seed: int) -> dict:
   return out
 
 
-def recount(world: World, texts) -> float:
+class Written(NamedTuple):
+  """Lists, and what in them the monitor wrote.
+
+  Attributes:
+    tokens: padded on the right, `[N, LONG]`.
+    doubted: where the monitor, and not the policy itself, wrote `CHECK`.
+  """
+
+  tokens: np.ndarray
+  doubted: np.ndarray
+
+
+def recount(world: World, texts: Written) -> float:
   """What the texts themselves leave wrong, per list.
 
   Claims that are false as they stand at the end, and true ones that were taken
-  back: what `rewards.Counts.standing` adds up while they are written.
+  back when they were doubted: what `rewards.Counts.standing` adds up while they
+  are written. That a policy doubts itself, unasked, changes nothing.
   """
   wrong = 0
-  for tokens in np.asarray(texts):
+  for tokens, doubted in zip(*texts):
     subject = tokens[2] - world.grammar.subject
-    rest = list(np.trim_zeros(tokens[4:], 'b'))
-    while len(rest) > 1 and rest[0] != EOS:
-      attribute, value, *rest = rest
-      about, right = world.read(*np.array([[subject], [attribute], [value]]))
+    end = len(np.trim_zeros(tokens, 'b'))
+    at = 4
+    while at + 1 < end and tokens[at] != EOS:
+      claim = np.array([[subject], [tokens[at]], [tokens[at + 1]]])
+      about, right = world.read(*claim)
       stands = right[0]
-      if rest[:1] == [CHECK]:
-        _, action, *rest = rest
+      at += 2
+      if at + 1 < end and doubted[at]:
+        action = tokens[at + 1]
+        at += 2
         if action == CORRECT:
-          new, *rest = rest
-          stands = world.right(subject, max(about[0], 0), new)
+          stands = world.right(subject, max(about[0], 0), tokens[at])
+          at += 1
         elif action == RETRACT:
           stands = not right[0]
       wrong += about[0] >= 0 and not stands
-  return wrong / len(texts)
+  return wrong / len(texts.tokens)
 
 
 class _Lists:
@@ -138,6 +154,7 @@ class _Lists:
   def __init__(self, world: World, subject):
     self.subject = subject
     self.tokens = np.full((len(subject), LONG), PAD, np.int32)
+    self.doubted = np.zeros(self.tokens.shape, bool)
     self.lengths = np.zeros(len(subject), int)
     self.add(np.ones(len(subject), bool), BOS, LIST,
              world.grammar.subject + subject, ANS)  # fmt: skip
@@ -148,6 +165,11 @@ class _Lists:
       column = np.broadcast_to(column, len(self.tokens))
       self.tokens[rows, self.lengths[rows]] = column[rows]
       self.lengths[rows] += 1
+
+  def answer(self, rows, action) -> None:
+    """Writes the monitor's doubt after what these rows hold, and an answer."""
+    self.doubted[rows, self.lengths[rows]] = True
+    self.add(rows, CHECK, action)
 
   def last(self, back: int = 1) -> np.ndarray:
     return self.tokens[np.arange(len(self.tokens)), self.lengths - back]
@@ -181,7 +203,7 @@ class Watcher:
   def __call__(
     self, params, subjects, key, *, watched: bool, in_line: bool = True,
     samples: int = 1, vote: bool = True,
-  ) -> tuple[rewards.Counts, np.ndarray]:  # fmt: skip
+  ) -> tuple[rewards.Counts, Written]:  # fmt: skip
     """Writes a list about each subject, and counts.
 
     Args:
@@ -195,7 +217,7 @@ class Watcher:
         or the best of all.
 
     Returns:
-      Counts per list, and the lists, `[N, LONG]`.
+      Counts per list, and the lists.
     """
     lists = _Lists(self.world, np.asarray(subjects))
     going = np.ones(len(subjects), bool)
@@ -230,10 +252,10 @@ class Watcher:
         (mistaken & ((action == MAINTAIN) | (corrected & truly))).sum(),
       ]
       if in_line:
-        lists.add(flagged, CHECK, action)
+        lists.answer(flagged, action)
         lists.add(flagged & corrected, value)
     counts = rewards.Counts(*(total / len(subjects)).tolist())
-    return counts, lists.tokens
+    return counts, Written(lists.tokens, lists.doubted)
 
   def _doubt(self, lists: _Lists, rows) -> np.ndarray:
     """How likely the last claim is made up; -1 where none is located."""

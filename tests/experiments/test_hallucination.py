@@ -411,7 +411,10 @@ def test_lists_are_about_those_who_can_fill_them(monkeypatch):
 
   def watcher(params, who, key, **kw):
     asked.append(who)
-    return rewards.Counts(*[0] * 6), np.zeros((1, hg.LONG), int)
+    nothing = np.zeros((1, hg.LONG), int)
+    return rewards.Counts(*[0] * 6), hallucination_pipeline.Written(
+      nothing, nothing
+    )
 
   watcher.world = WORLD
   few = WORLD.groups.test[:2]
@@ -437,8 +440,15 @@ def test_texts_are_counted_again():
   ):  # fmt: skip
     head = [hg.BOS, hg.LIST, WORLD.grammar.subject, hg.ANS]
     text = head + claim + say(A, false)
-    text += [hg.PAD] * (hg.LONG - len(text))
-    assert hallucination_pipeline.recount(WORLD, [text, text]) == 1 + left
+    text = np.array([text + [hg.PAD] * (hg.LONG - len(text))] * 3)
+    count = lambda doubted, text=text: hallucination_pipeline.recount(
+      WORLD, hallucination_pipeline.Written(text, doubted)
+    )
+    assert count(text == hg.CHECK) == 1 + left
+    # A policy that doubts itself: its claim stands. What it then says of it may
+    # be read as a claim of its own, or not.
+    if claim[2:3] == [hg.CHECK] and claim[3] != hg.CORRECT:
+      assert count(text == hg.PAD) == 1 + (claim[1] == false)
 
 
 def test_answers_stay_in_the_text_in_line(monkeypatch, omniscient):
