@@ -55,7 +55,10 @@ def make_claims(
 ) -> list[contract.Claim]:
   """Judges the arms that were run."""
   t = Table(results, seeds)
-  rows = [*_probe(t), *_frozen(t), *_live(t), *_placebos(t), *_pipeline(t)]
+  rows = [
+    *_probe(t), *_frozen(t), *_live(t), *_placebos(t), *_best_of(t),
+    *_pipeline(t),
+  ]  # fmt: skip
   prefix = config.kind
   return [
     contract.claim(
@@ -158,6 +161,18 @@ def _placebos(t: Table) -> Iterator[Row]:
              f'claims, {where}, either way, %',
              np.abs(100 * t.reduction(arm, form)), '<=', 20,
              'placebo')  # fmt: skip
+
+
+def _best_of(t: Table) -> Iterator[Row]:
+  """Without training: of several answers the one the probe doubts least."""
+  most = max(map(int, t.arm('base')[0]['best of']))
+  for form, where in FORMATS.items():
+    made_up = lambda n, form=form: t.get('base', 'best of', str(n), form,
+                                         'made up')  # fmt: skip
+    fewer = 1 - made_up(most) / np.maximum(made_up(1), 1e-3)
+    yield (f'best_of_{form}', f'the base, untrained: fewer made-up claims by '
+           f'the best of {most} answers than by one, {where}, %', 100 * fewer,
+           '>=', 10, 'best of n scales')  # fmt: skip
 
 
 def _pipeline(t: Table) -> Iterator[Row]:

@@ -557,7 +557,11 @@ def results(seeds=(2, 3), **changes):
           'lists': {'auroc': 0.94}, 'corrections': {'auroc': 0.93},
         },
         'null': [0.5],
-      }
+      },
+      'best of': {
+        n: {form: {'made up': made_up} for form in ('asked', 'chosen')}
+        for n, made_up in (('1', 0.4), ('4', 0.2))
+      },
     },
     'frozen': row(0.1, kept=0.7), 'oracle': row(0.1), 'none': row(0.42),
     'shuffled': row(0.42), 'random direction': row(0.42),
@@ -614,6 +618,9 @@ def test_claims_are_of_the_bounds_that_hurt():
     worse = copy.deepcopy(base)
     worse['probe']['quality'][kind][key] = value
     assert failing(base=worse) == {id_}
+  worse = copy.deepcopy(base)
+  worse['best of']['4']['chosen']['made up'] = 0.38
+  assert failing(base=worse) == {'best_of_chosen'}
   miscounted = row(0.1, kept=0.7)
   miscounted['pipeline']['in line, 1']['recounted'] += 0.01
   assert failing(frozen=miscounted) == {'frozen_adds_up'}
