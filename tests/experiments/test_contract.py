@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from experiments import (
-  contract, memorization_claims, obfuscation_claims, pirate_claims,
+  contract, hallucination_claims, memorization_claims, obfuscation_claims,
+  pirate_claims,
 )  # fmt: skip
 from experiments.contract import page
 
@@ -219,6 +220,7 @@ def test_the_readme_shows_the_committed_claims():
   [
     ('memorization', memorization_claims.make_claims, 'mlp-paper'),
     ('memorization-vit', memorization_claims.make_claims, 'vit-paper'),
+    ('hallucination', hallucination_claims.make_claims, 'paper'),
     ('pirate', pirate_claims.make_claims, 'separable-paper'),
     ('pirate-entangled', pirate_claims.make_claims, 'entangled-paper'),
     (
