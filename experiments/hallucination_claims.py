@@ -172,7 +172,8 @@ def _best_of(t: Table) -> Iterator[Row]:
     fewer = 1 - made_up(most) / np.maximum(made_up(1), 1e-3)
     yield (f'best_of_{form}', f'the base, untrained: fewer made-up claims by '
            f'the best of {most} answers than by one, {where}, %', 100 * fewer,
-           '>=', 10, 'best of n scales')  # fmt: skip
+           '>=', 10, 'best of n scales; the target was set after these '
+           'numbers had been seen')  # fmt: skip
 
 
 def _pipeline(t: Table) -> Iterator[Row]:

@@ -345,7 +345,7 @@ def run(config, folder: pathlib.Path) -> None:
       workdir.arm(f'{seed}/{name}', lambda: lab.train(scene, name, seed))
   claims = []
   if config.preset != 'choose':
-    claims = make_claims(workdir.results, seeds)
+    claims = make_claims(config, workdir.results, seeds)
   contract.save_claims(workdir.path / 'claims.json', claims)
   if jax.process_index() == 0:
     obfuscation_figures.draw(workdir.path)

@@ -223,11 +223,7 @@ def test_the_readme_shows_the_committed_claims():
     ('hallucination', hallucination_claims.make_claims, 'paper'),
     ('pirate', pirate_claims.make_claims, 'separable-paper'),
     ('pirate-entangled', pirate_claims.make_claims, 'entangled-paper'),
-    (
-      'obfuscation',
-      lambda config, *a: obfuscation_claims.make_claims(*a),
-      'paper',
-    ),
+    ('obfuscation', obfuscation_claims.make_claims, 'paper'),
   ],
 )
 def test_committed_claims_are_those_of_the_committed_results(

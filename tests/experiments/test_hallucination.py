@@ -406,6 +406,29 @@ def test_corrections_in_a_pipeline(monkeypatch, omniscient):
   assert hallucination_pipeline.recount(WORLD, texts) == 0
 
 
+@pytest.mark.parametrize('watched', [False, True])
+def test_a_policy_that_doubts_itself_changes_no_count(
+  monkeypatch, omniscient, watched
+):
+  """A true claim, and then, unasked, that it is taken back."""
+
+  def answer(prompt):
+    if hg.CHECK in prompt:
+      return [hg.EOS, hg.EOS]
+    if prompt[-1] != hg.ANS:
+      return [hg.CHECK, hg.RETRACT]
+    person = prompt[2] - WORLD.grammar.subject
+    return [hg.ATTRIBUTE + A, int(truth(person, A))]
+
+  script(monkeypatch, hallucination_pipeline, answer)
+  counts, texts = hallucination_pipeline.Watcher(
+    CONFIG, None, WORLD, fake_monitor(), Everywhere()
+  )(None, WORLD.groups.test, jax.random.key(0), watched=watched)
+  assert (texts.tokens == hg.RETRACT).any(axis=1).all()
+  assert counts == (0, 0, 0, 0, 0, 0)
+  assert hallucination_pipeline.recount(WORLD, texts) == 0
+
+
 def test_lists_are_about_those_who_can_fill_them(monkeypatch):
   asked = []
 

@@ -194,7 +194,7 @@ def verdicts(**changes):
     'incentive removed': row(1), 'prohibition': row(90), **changes,
   }  # fmt: skip
   results = {f'{s}/{k}': v for s in (2, 3) for k, v in arms.items()}
-  claims = obfuscation_claims.make_claims(results, (2, 3))
+  claims = obfuscation_claims.make_claims(CONFIG, results, (2, 3))
   return {c.id for c in claims if not c.passed}
 
 
