@@ -9,7 +9,14 @@ import jax
 import numpy as np
 
 from idesign import sites
-from idesign.curvature.edit import Edit, Layers, edit_from, keep_components
+from idesign.curvature.edit import (
+  Edit,
+  Layers,
+  basis_at,
+  edit_from,
+  keep_components,
+  score_masks,
+)
 from idesign.curvature.spectrum import Spectrum
 
 PyTree = Any
@@ -66,12 +73,11 @@ def keep_singular(
   if not 0 <= share <= 1:
     raise ValueError(f'share must be in [0, 1], not {share}.')
 
-  def change(name, matrix):
-    left, values, right = parts[name]
-    rank = round(share * values.shape[-1])
-    tail = left[..., rank:] * values[..., None, rank:]
-    dropped = tail @ right[..., rank:, :]
-    return matrix - dropped, np.asarray(rank / values.shape[-1])
+  def change(name, index, w):
+    left, values, right = (part[index] for part in parts[name])
+    rank = round(share * len(values))
+    dropped = (left[:, rank:] * values[rank:]) @ right[rank:]
+    return w - dropped, rank / len(values)
 
   return edit_from(params, at, layers, change)
 
@@ -112,3 +118,55 @@ def keep_random(
       layer[rng.choice(size, round(share * size), replace=False)] = True
     masks[name] = mask.reshape(*site.stack, site.d_in, site.d_out)
   return keep_components(params, at, bases, masks, layers=layers)
+
+
+def keep_magnitude(
+  params: PyTree,
+  at: Mapping[str, sites.Site],
+  *,
+  share: float,
+  layers: Layers | None = None,
+) -> Edit:
+  """Magnitude pruning: keeps the weights that are largest, in their own basis.
+
+  Args:
+    params, at, layers: as for `keep_singular`.
+    share: share of the weights to keep, in [0, 1]; per layer of a stack.
+  """
+
+  def change(name, index, w):
+    del name, index
+    mask = score_masks(np.abs(w), share=share)
+    return np.where(mask, w, 0.0), float(mask.mean())
+
+  return edit_from(params, at, layers, change)
+
+
+def keep_salient(
+  params: PyTree,
+  at: Mapping[str, sites.Site],
+  bases: Mapping[str, Spectrum],
+  *,
+  share: float,
+  layers: Layers | None = None,
+) -> Edit:
+  """Optimal brain damage: drops what raises the loss least (LeCun et al. 1989).
+
+  Saliency `C_ij^2 * curvature_ij / 2`, with the components `C = U^T w V` and
+  their K-FAC curvature, in the same bases as `keep_high_curvature`.
+
+  Args:
+    params, at, bases, layers: as for `keep_high_curvature`.
+    share: share of the components to keep, in [0, 1]; per layer of a stack.
+  """
+
+  def change(name, index, w):
+    spectrum = basis_at(bases, name)
+    u, v = spectrum.input_basis[index], spectrum.output_basis[index]
+    rows, columns = spectrum.input_values[index], spectrum.output_values[index]
+    components = u.T @ w @ v
+    mask = score_masks(components**2 * rows[:, None] * columns, share=share)
+    dropped = np.where(mask, 0.0, components)
+    return w - u @ dropped @ v.T, float(mask.mean())
+
+  return edit_from(params, at, layers, change)

@@ -1,112 +1,92 @@
-r"""K-FAC factors of a model's Fisher information, read at weight sites.
+r"""Kronecker factors of a model's Fisher information, read at weight sites.
 
 For a weight `w [d_in, d_out]` with input `x` and output gradient `g` the
 Fisher block is approximated by `A (x) G`, with the uncentred second moments
 `A = sum x x^T` and `G = sum g g^T` over examples and positions (Martens &
 Grosse 2015; weights shared over positions by the *expand* rule of Eschenhagen
-et al. 2023).
+et al. 2023). Both are exact where a block is such a product: for one example at
+one position, and where inputs and output gradients are independent.
+
+EK-FAC keeps the eigenbases of the factors and measures the curvature along each
+pair of eigenvectors anew, `sum_n (u_i^T dW_n v_j)^2` over examples `n` (George
+et al. 2018): the diagonal of the Fisher block in that basis, exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-import dataclasses
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from idesign import sites
+from idesign.curvature import fisher as fisher_lib
+from idesign.curvature.fisher import Fisher, Logits
 
 PyTree = Any
-Logits = Callable[[PyTree, PyTree], Float[Array, 'B *T C']]
-
-
-@dataclasses.dataclass(frozen=True)
-class Fisher:
-  """Which Fisher information the factors approximate.
-
-  Attributes:
-    labels: `'model'` samples labels from the model's own distribution, which
-      gives the true Fisher; `'gold'` takes the data's, the empirical Fisher.
-    temperature: both the sampled labels and the loss use `logits /
-      temperature`. At interpolation the gradient `p - e_y` vanishes except on
-      a few examples with small margin, and `G` collapses onto them; a higher
-      temperature gives every example a say.
-    normalize: `'example'` divides the output gradients of each example by
-      their norm over positions and features, at each site by itself. An
-      example whose gradient is exactly zero counts as zero.
-    num_samples: label samples per position; at least 1, and 1 for gold labels.
-  """
-
-  labels: Literal['model', 'gold'] = 'model'
-  temperature: float = 1.0
-  normalize: Literal['none', 'example'] = 'none'
-  num_samples: int = 1
-
-  def __post_init__(self):
-    if self.labels not in ('model', 'gold'):
-      raise ValueError(f"labels is 'model' or 'gold', not {self.labels!r}.")
-    if self.normalize not in ('none', 'example'):
-      raise ValueError(
-        f"normalize is 'none' or 'example', not {self.normalize!r}."
-      )
-    if not self.temperature > 0:
-      raise ValueError(f'temperature must be positive, not {self.temperature}.')
-    if self.num_samples < 1 or (self.labels == 'gold' and self.num_samples > 1):
-      raise ValueError(
-        f'num_samples is {self.num_samples}; it must be at least 1, and '
-        'exactly 1 for gold labels, which are not sampled.'
-      )
+Bases = Mapping[
+  str, tuple[Float[Array, '*stack I I'], Float[Array, '*stack O O']]
+]
 
 
 class Factors(NamedTuple):
   """Sums over examples, positions and label samples; a pytree to add up.
 
+  The absolute curvature of a component is `input value * output value / (count
+  * positions)`, of the Fisher information averaged over examples.
+
   Attributes:
-    inputs: site -> `sum x x^T`, `[*stack, d_in, d_in]`, float32.
-    outputs: site -> `sum g g^T`, `[*stack, d_out, d_out]`, float32.
+    inputs: site -> `sum x x^T`, `[*stack, d_in, d_in]`, float32 (float64 where
+      the model is).
+    outputs: site -> `sum g g^T`, `[*stack, d_out, d_out]`, likewise.
     count: number of examples times label samples in the sums, float32.
+    positions: site -> number of positions times label samples in the sums,
+      masked ones left out, float32.
   """
 
   inputs: dict[str, Array]
   outputs: dict[str, Array]
   count: Array
+  positions: dict[str, Array]
 
   def __add__(self, other: 'Factors') -> 'Factors':
     return jax.tree.map(jnp.add, self, other)
 
 
-def _normalized_output_moment(x, dy):
-  dy = dy.astype(jnp.float32)
-  # At interpolation gradients are so small that their squares underflow.
-  largest = jnp.max(jnp.abs(dy), axis=(1, 2), keepdims=True)
-  dy = dy / jnp.where(largest > 0, largest, 1)
-  square = jnp.sum(dy**2, axis=(1, 2), keepdims=True)
-  return sites.output_moment.fn(x, dy / jnp.sqrt(jnp.maximum(square, 1)))
+class Eigenvalues(NamedTuple):
+  """EK-FAC eigenvalues, summed over examples; a pytree to add up.
 
-
-def negative_log_likelihood(
-  logits: Float[Array, 'B *T C'],
-  labels: Int[Array, 'B *T'],
-  mask: Bool[Array, 'B *T'] | None = None,
-) -> Float[Array, 'B']:
-  """`-log p(label)` per example, summed over positions that are not masked.
-
-  A label that is no class makes its example's loss and gradients NaN, unless
-  its position is masked.
+  Attributes:
+    values: site -> `[*stack, d_in, d_out]`, `sum_n (u_i^T dW_n v_j)^2`.
+    count: number of examples times label samples in the sums, float32.
   """
-  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-  is_class = (labels >= 0) & (labels < logits.shape[-1])
-  safe = jnp.where(is_class, labels, 0)
-  nll = -jnp.take_along_axis(log_p, safe[..., None], axis=-1)[..., 0]
-  read = is_class if mask is None else is_class | ~mask
-  # Multiplied, so that the gradient is NaN as well.
-  nll = nll * jnp.where(read, 1.0, jnp.nan)
-  if mask is not None:
-    nll = jnp.where(mask, nll, 0.0)
-  return jnp.sum(nll, axis=tuple(range(1, nll.ndim)))
+
+  values: dict[str, Array]
+  count: Array
+
+  def __add__(self, other: 'Eigenvalues') -> 'Eigenvalues':
+    return jax.tree.map(jnp.add, self, other)
+
+  def mean(self) -> dict[str, Array]:
+    """The curvature of each component, averaged over examples."""
+    return {n: v / self.count.astype(v.dtype) for n, v in self.values.items()}
+
+
+def normalized(statistic: sites.Statistic) -> sites.Statistic:
+  """The statistic with each example's output gradient scaled to norm one."""
+
+  def fn(x, dy, *inputs):
+    dy = fisher_lib.at_least_float32(dy)
+    # At interpolation gradients are so small that their squares underflow.
+    largest = jnp.max(jnp.abs(dy), axis=(1, 2), keepdims=True)
+    dy = dy / jnp.where(largest > 0, largest, 1)
+    square = jnp.sum(dy**2, axis=(1, 2), keepdims=True)
+    return statistic.fn(x, dy / jnp.sqrt(jnp.maximum(square, 1)), *inputs)
+
+  return sites.Statistic(fn, additive=False)
 
 
 def kfac_factors(
@@ -117,61 +97,127 @@ def kfac_factors(
   """K-FAC factors of one batch; add the results of several batches.
 
   Args:
-    logits_fn: `logits_fn(params, inputs) -> logits [B, *T, C]` of a
-      classifier over the last axis.
+    logits_fn: `logits_fn(params, inputs) -> logits [B, *T, C]`.
     select: which parameters, as in `idesign.sites.find_sites`.
     fisher: which Fisher information.
 
   Returns:
     `factors(params, inputs, *, key=None, labels=None, mask=None) -> Factors`,
-    to be jitted by the caller. `key` is needed to sample labels, `labels [B,
-    *T]` for gold ones. `mask [B, T]` leaves positions out of the loss and of
+    to be jitted by the caller. To sample labels a `key` is needed, or one for
+    each example, `[B]`; `labels [B, *T]` for gold ones. `mask [B, T]` leaves positions out of the loss and of
     both factors.
 
   Raises (when called or traced):
     ValueError: key or labels are missing.
     Whatever `idesign.sites.collect` raises.
   """
-  outputs = (
-    sites.output_moment
-    if fisher.normalize == 'none'
-    else sites.Statistic(_normalized_output_moment, additive=False)
-  )
+  outputs = sites.output_moment
+  if fisher.normalize == 'example':
+    outputs = normalized(outputs)
   moments = {'inputs': sites.input_moment, 'outputs': outputs}
+  passes = _passes(logits_fn, moments, select, fisher)
 
   def factors(params, inputs, *, key=None, labels=None, mask=None) -> Factors:
-    if fisher.labels == 'model' and key is None:
-      raise ValueError("labels='model' are sampled: pass key.")
-    if fisher.labels == 'gold' and labels is None:
-      raise ValueError("labels='gold' come from the data: pass labels.")
+    read, losses, draws = passes(params, inputs, key, labels, mask)
+    batch = inputs, jax.tree.map(lambda d: d[0], draws), mask
+    found = sites.find_sites(losses, params, batch, select).sites
 
-    def loss(params, batch):
-      inputs, drawn, mask = batch
-      logits = logits_fn(params, inputs) / fisher.temperature
-      if fisher.labels == 'model':
-        fixed = jax.lax.stop_gradient(logits).astype(jnp.float32)
-        drawn = jax.random.categorical(drawn, fixed)
-      return negative_log_likelihood(logits, drawn, mask)
-
-    read = sites.collect(loss, moments, select)
-
-    def once(drawn) -> Factors:
-      out = read(params, (inputs, drawn, mask), mask=mask)
+    def once(draw) -> Factors:
+      out = read(draw)
+      count = out.losses.shape[0]
+      seen = {s.name: _positions(s, count, mask) for s in found}
+      values = out.values
       return Factors(
-        out.values['inputs'],
-        out.values['outputs'],
-        jnp.float32(out.losses.shape[0]),
+        values['inputs'], values['outputs'], jnp.float32(count), seen
       )
 
-    if fisher.labels == 'gold':
-      return once(labels)
-
-    # One sample at a time: memory does not grow with their number.
-    keys = jax.random.split(key, fisher.num_samples)
-    zeros = jax.tree.map(
-      lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(once, keys[0])
-    )
-    total, _ = jax.lax.scan(lambda f, k: (f + once(k), None), zeros, keys)
-    return total
+    total = _sum_over(once, draws)
+    if fisher.labels != 'exact':
+      return total
+    # The columns of one square root are one sample, of which inputs are part
+    # once. Their sums are that many times too large.
+    columns = draws.shape[0]
+    whole = jax.tree.map(lambda a: a / columns, total)
+    return whole._replace(outputs=total.outputs)
 
   return factors
+
+
+def ekfac_eigenvalues(
+  logits_fn: Logits,
+  select: str | Iterable[str],
+  fisher: Fisher = Fisher(),
+) -> Callable[..., Eigenvalues]:
+  """EK-FAC eigenvalues of one batch; add the results of several batches.
+
+  Gradients are summed over an example's positions before they are squared, so
+  that this is the Fisher information of examples, whose positions belong
+  together; that of K-FAC-expand takes positions apart.
+
+  Args:
+    logits_fn, select, fisher: as for `kfac_factors`.
+
+  Returns:
+    `eigenvalues(params, inputs, bases, *, key=None, labels=None, mask=None) ->
+    Eigenvalues`, with `bases` from `as_bases`, or any orthonormal ones.
+  """
+  square = sites.rotated_square
+  if fisher.normalize == 'example':
+    square = normalized(square)
+  passes = _passes(logits_fn, {'squares': square}, select, fisher)
+
+  def eigenvalues(
+    params, inputs, bases: Bases, *, key=None, labels=None, mask=None
+  ) -> Eigenvalues:
+    read, _, draws = passes(params, inputs, key, labels, mask)
+
+    def once(draw) -> Eigenvalues:
+      out = read(draw, {'squares': bases})
+      return Eigenvalues(
+        out.values['squares'], jnp.float32(out.losses.shape[0])
+      )
+
+    total = _sum_over(once, draws)
+    if fisher.labels != 'exact':
+      return total
+    return total._replace(count=total.count / draws.shape[0])
+
+  return eigenvalues
+
+
+def _passes(logits_fn, statistics, select, fisher):
+  """`passes(params, inputs, key, labels, mask) -> read, losses, draws`."""
+
+  def losses(params, batch):
+    inputs, draw, mask = batch
+    logits = logits_fn(params, inputs)
+    return fisher_lib.draw_losses(fisher, logits, draw, mask)
+
+  collect = sites.collect(losses, statistics, select)
+
+  def passes(params, inputs, key, labels, mask):
+    logits = jax.eval_shape(logits_fn, params, inputs)
+    draws = fisher_lib.draws(fisher, logits, key, labels)
+
+    def read(draw, given=None):
+      return collect(params, (inputs, draw, mask), mask=mask, inputs=given)
+
+    return read, losses, draws
+
+  return passes
+
+
+def _sum_over(once, draws):
+  """The sum, one draw at a time: memory does not grow with their number."""
+  if draws.shape[0] == 1:
+    return once(jax.tree.map(lambda d: d[0], draws))
+  zeros = jax.tree.map(
+    lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(once, draws[0])
+  )
+  return jax.lax.scan(lambda f, d: (f + once(d), None), zeros, draws)[0]
+
+
+def _positions(site: sites.Site, count: int, mask) -> Array:
+  if mask is not None and site.num_positions == math.prod(mask.shape[1:]):
+    return jnp.sum(mask, dtype=jnp.float32)
+  return jnp.float32(count * site.num_positions * site.loops)

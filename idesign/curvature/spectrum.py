@@ -1,4 +1,4 @@
-"""Eigenbases of Kronecker factors, and exact selection of components.
+"""Eigenbases of Kronecker factors.
 
 A weight `w [d_in, d_out]` has components `C_ij = u_i^T w v_j` in the eigenbases
 `u` of the input factor and `v` of the output factor. Under K-FAC the curvature
@@ -7,11 +7,22 @@ of a component is the product of its two eigenvalues, its *mass*.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+import heapq
+import itertools
+from typing import Literal, NamedTuple
 
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jaxtyping import Array
 import numpy as np
 
 from idesign.curvature.kfac import Factors
+
+
+class EigenError(ValueError):
+  """A factor that has no eigendecomposition; the message names it."""
 
 
 class Spectrum(NamedTuple):
@@ -22,169 +33,248 @@ class Spectrum(NamedTuple):
     input_basis: `[*stack, d_in, d_in]`, eigenvectors in columns.
     output_values: `[*stack, d_out]`, descending, not negative.
     output_basis: `[*stack, d_out, d_out]`.
+    input_residual: `[*stack]`, `|A - U diag(values) U^T| / |A|` (Frobenius) of
+      the symmetrised factor, clamped values included; 0 of a zero factor.
+    output_residual: likewise.
   """
 
   input_values: np.ndarray
   input_basis: np.ndarray
   output_values: np.ndarray
   output_basis: np.ndarray
+  input_residual: np.ndarray
+  output_residual: np.ndarray
 
   def mass(self) -> np.ndarray:
-    """Curvature of every component, `[*stack, d_in, d_out]`."""
+    """Curvature of every component, `[*stack, d_in, d_out]`.
+
+    The K-FAC approximation of the diagonal of the Fisher information, averaged
+    over examples.
+    """
     return self.input_values[..., :, None] * self.output_values[..., None, :]
 
 
-def _eigh(name: str, moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  moment = np.asarray(moment, np.float64)
-  if not np.isfinite(moment).all():
-    raise ValueError(
-      f'The {name} factor has entries that are not finite; the loss or an '
-      'activation overflowed. Collect the factors in float32.'
-    )
-  values, basis = np.linalg.eigh((moment + moment.swapaxes(-1, -2)) / 2)
-  # A second moment has no negative eigenvalues; those here are rounding.
-  return np.maximum(values, 0.0)[..., ::-1], basis[..., ::-1]
+class _Task(NamedTuple):
+  """One matrix to decompose."""
+
+  site: str
+  side: str
+  index: tuple[int, ...]  # Of the stack.
+  size: int
+
+  def __str__(self) -> str:
+    layer = f', layer {",".join(map(str, self.index))}' if self.index else ''
+    return f'the {self.side} factor of {self.site!r}{layer}'
 
 
-def spectra(factors: Factors) -> dict[str, Spectrum]:
-  """Eigendecompositions by site, of the factors averaged over examples.
+def spectra(
+  factors: Factors, *, where: Literal['host', 'devices'] = 'host'
+) -> dict[str, Spectrum]:
+  """Eigendecompositions by site, of `A / positions` and `G / examples`.
 
-  Raises:
-    ValueError: the factors hold no example, or entries that are not finite.
-  """
-  count = float(factors.count)
-  if not count > 0:
-    raise ValueError('The factors hold no example: collect at least one batch.')
-  return {
-    site: Spectrum(
-      *_eigh(f'input {site!r}', np.asarray(moment, np.float64) / count),
-      *_eigh(
-        f'output {site!r}',
-        np.asarray(factors.outputs[site], np.float64) / count,
-      ),
-    )
-    for site, moment in factors.inputs.items()
-  }
-
-
-def keep_mass(
-  rows: np.ndarray, columns: np.ndarray, share: float
-) -> np.ndarray:
-  """The fewest components that hold a share of the total mass, exactly.
-
-  Components `(i, j)` of mass `rows[i] * columns[j]` are taken in descending
-  order, equal ones in row-major order, until their sum reaches `share` of the
-  total. No array of all products is formed: the threshold is found by
-  bisection over the bit patterns of floats, and each row's share of the set by
-  bisection over its columns, O(64 (m log n)) in all.
+  Factors are symmetrised, eigenvalues below zero, which a second moment has by
+  rounding only, are clamped. With several processes each decomposes its share,
+  of about the same cost (`d^3`), and all of them return the same spectra.
 
   Args:
-    rows: `[m]`, not negative.
-    columns: `[n]`, descending, not negative.
-    share: in (0, 1]. At 1 everything is kept, mass zero included, so that the
-      edit is the identity.
-
-  Returns:
-    `counts [m]`: row `i` keeps its first `counts[i]` columns.
+    factors: sums; arrays that are sharded over processes are gathered.
+    where: `'host'`: in float64, one matrix after the other; `'devices'`: in
+      float32 (float64 with x64), spread over all devices by cost.
 
   Raises:
-    ValueError: the share is out of range or the columns are not descending.
+    EigenError: a factor is not finite or was not decomposed, naming it.
+    ValueError: the factors hold no example.
   """
-  _check(rows, columns, share)
-  rows, columns = _unit(rows), _unit(columns)
-  m, n = len(rows), len(columns)
-  prefix = np.concatenate([[0.0], np.cumsum(columns)])
-
-  def mass(threshold: float) -> float:
-    return float(rows @ prefix[_at_least(rows, columns, threshold)])
-
-  total = mass(0.0)
-  if share == 1 or total == 0:
-    return np.full(m, n)
-  threshold = _largest_float(lambda t: mass(t) >= share * total)
-  if threshold == 0:  # What is left underflows next to the largest.
-    return np.full(m, n)
-  above = _at_least(rows, columns, np.nextafter(threshold, np.inf))
-  lacking = share * total - float(rows @ prefix[above])
-  return _with_ties(
-    rows,
-    columns,
-    above,
-    threshold,
-    int(min(np.ceil(lacking / threshold), m * n)),
-  )
+  if where not in ('host', 'devices'):
+    raise ValueError(f"where is 'host' or 'devices', not {where!r}.")
+  tasks, read = _tasks(factors)
+  if where == 'host':
+    mine = spread([t.size**3 for t in tasks], jax.process_count())
+    solved = {
+      i: _solve_on_host(read(tasks[i]))
+      for i in mine[jax.process_index()]
+    }
+  else:
+    solved = _solve_on_devices(tasks, read)
+  solved = _gather(tasks, solved)
+  for task, (values, basis, _) in zip(tasks, solved):
+    if not (np.isfinite(values).all() and np.isfinite(basis).all()):
+      raise EigenError(
+        f'{task} was not decomposed: the solver did not converge. Decompose it '
+        "in float64 (where='host'), or leave it out."
+      )
+  return _assemble(factors, solved)
 
 
-def keep_count(rows: np.ndarray, columns: np.ndarray, count: int) -> np.ndarray:
-  """The `count` components of largest mass, exactly; as `keep_mass` else."""
-  _check(rows, columns, 1.0)
-  rows, columns = _unit(rows), _unit(columns)
-  m, n = len(rows), len(columns)
-  if not 0 <= count <= m * n:
-    raise ValueError(f'count must be in [0, {m * n}], not {count}.')
-  if count == m * n:
-    return np.full(m, n)
-  if count == 0:
-    return np.zeros(m, int)
-  threshold = _largest_float(
-    lambda t: _at_least(rows, columns, t).sum() >= count
-  )
-  above = _at_least(rows, columns, np.nextafter(threshold, np.inf))
-  return _with_ties(rows, columns, above, threshold, count - int(above.sum()))
+def spread(costs: list[float], num_workers: int) -> list[list[int]]:
+  """Shares work out: the costliest first, to whoever has least so far.
 
-
-def staircase(counts: np.ndarray, n: int) -> np.ndarray:
-  """`[m, n]` mask that is true in the first `counts[i]` columns of row `i`."""
-  return np.arange(n) < np.asarray(counts)[:, None]
-
-
-def _check(rows, columns, share) -> None:
-  if not 0 < share <= 1:
-    raise ValueError(f'share must be in (0, 1], not {share}.')
-  if not (np.isfinite(rows).all() and np.isfinite(columns).all()):
-    raise ValueError('Masses must be finite.')
-  if (np.diff(columns) > 0).any():
-    raise ValueError('columns must be in descending order.')
-  if (rows < 0).any() or (columns < 0).any():
-    raise ValueError('Masses must not be negative.')
-
-
-def _unit(masses: np.ndarray) -> np.ndarray:
-  """Scaled by a power of two, exactly, to at most 1, so products exist."""
-  largest = np.max(masses, initial=0.0)
-  return np.ldexp(masses, -int(np.frexp(largest)[1])) if largest else masses
-
-
-def _at_least(rows, columns, threshold: float) -> np.ndarray:
-  """How many columns of each row have `row * column >= threshold`."""
-  low, high = np.zeros(len(rows), int), np.full(len(rows), len(columns))
-  # The rounded product is monotone in the column, so bisection is exact.
-  while (low < high).any():
-    middle = (low + high) // 2
-    open_ = low < high
-    reaches = rows * columns[np.minimum(middle, len(columns) - 1)] >= threshold
-    low = np.where(open_ & reaches, middle + 1, low)
-    high = np.where(open_ & ~reaches, middle, high)
-  return low
-
-
-def _largest_float(enough) -> float:
-  """The largest float at which a monotone decreasing predicate holds.
-
-  Floats that are not negative are ordered as their bit patterns are.
+  Returns:
+    For each worker the indices of its tasks, ascending. The heaviest worker
+    has at most 4/3 of the least possible load (Graham 1969).
   """
-  low, high = 0, int(np.float64(np.finfo(np.float64).max).view(np.int64))
-  while low < high:
-    middle = (low + high + 1) // 2
-    if enough(float(np.int64(middle).view(np.float64))):
-      low = middle
-    else:
-      high = middle - 1
-  return float(np.int64(low).view(np.float64))
+  loads = [(0.0, w) for w in range(num_workers)]
+  shares: list[list[int]] = [[] for _ in range(num_workers)]
+  for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+    load, worker = heapq.heappop(loads)
+    shares[worker].append(i)
+    heapq.heappush(loads, (load + costs[i], worker))
+  return [sorted(share) for share in shares]
 
 
-def _with_ties(rows, columns, above, threshold, ties: int) -> np.ndarray:
-  """Adds the first `ties` components at the threshold, in row-major order."""
-  at = _at_least(rows, columns, threshold) - above
-  before = np.cumsum(at) - at
-  return above + np.clip(ties - before, 0, at)
+def as_bases(
+  spectra: Mapping[str, Spectrum], dtype=jnp.float32
+) -> dict[str, tuple[Array, Array]]:
+  """The eigenbases as arrays, as `ekfac_eigenvalues` takes them."""
+  return {
+    name: (jnp.asarray(s.input_basis, dtype), jnp.asarray(s.output_basis, dtype))
+    for name, s in spectra.items()
+  }  # fmt: skip
+
+
+def domain_mass(spectrum: Spectrum, inputs, outputs) -> np.ndarray:
+  """Curvature of other data along the same components, `[*stack, d_in, d_out]`.
+
+  `(u_i^T A u_i) (v_j^T G v_j)`, with factors of another domain: to keep in one
+  basis what each of several domains needs (`edit.union`).
+
+  Args:
+    spectrum: the basis, such as that of all domains' factors added up.
+    inputs: `A`, `[*stack, d_in, d_in]`.
+    outputs: `G`, `[*stack, d_out, d_out]`.
+  """
+
+  def along(basis, moment):
+    moment = np.asarray(moment, np.float64)
+    return np.maximum(np.einsum('...di,...di->...i', basis, moment @ basis), 0)
+
+  rows = along(spectrum.input_basis, inputs)
+  columns = along(spectrum.output_basis, outputs)
+  return rows[..., :, None] * columns[..., None, :]
+
+
+def _on_host(x) -> np.ndarray:
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    x = multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)
+
+
+def _tasks(factors: Factors):
+  """What to decompose, and `read(task)`, the same on every process."""
+  count = float(_on_host(factors.count))
+  if not count > 0:
+    raise ValueError('The factors hold no example: collect at least one batch.')
+  tasks, held = [], {}
+  for site in factors.inputs:
+    positions = float(_on_host(factors.positions[site]))
+    if not positions > 0:
+      raise ValueError(f'Every position was masked at {site!r}.')
+    sides = (
+      ('input', factors.inputs[site], positions),
+      ('output', factors.outputs[site], count),
+    )
+    for side, moments, total in sides:
+      held[site, side] = _on_host(moments), total
+      for index in np.ndindex(moments.shape[:-2]):
+        tasks.append(_Task(site, side, index, moments.shape[-1]))
+
+  def read(task: _Task) -> np.ndarray:
+    moments, total = held[task.site, task.side]
+    moment = np.asarray(moments[task.index], np.float64) / total
+    return (moment + moment.T) / 2
+
+  for task in tasks:  # On all processes alike, before any work.
+    if not np.isfinite(held[task.site, task.side][0][task.index]).all():
+      raise EigenError(
+        f'{task} has entries that are not finite: the loss or an activation '
+        'overflowed there. Look at that layer, or collect in float32.'
+      )
+  return tasks, read
+
+
+def _solve_on_host(moment: np.ndarray):
+  try:
+    values, basis = np.linalg.eigh(moment)
+  except np.linalg.LinAlgError:  # Told to all processes as what is not finite.
+    values, basis = np.full(len(moment), np.nan), np.full(moment.shape, np.nan)
+  return _finish(moment, values, basis)
+
+
+def _solve_on_devices(tasks, read):
+  devices = jax.devices()
+  started = {}
+  shares = spread([t.size**3 for t in tasks], len(devices))
+  for device, share in zip(devices, shares):
+    if device.process_index != jax.process_index():
+      continue
+    for i in share:
+      moment = read(tasks[i])
+      # Scaled, since squares of small gradients leave the range of float32.
+      scale = np.abs(moment).max() or 1.0
+      dtype = jnp.asarray(0.0).dtype  # float64 with x64.
+      on_device = jax.device_put((moment / scale).astype(dtype), device)
+      started[i] = moment, scale, _eigh(on_device)  # Not waited for.
+  return {
+    i: _finish(
+      moment, np.asarray(values, np.float64) * scale,
+      np.asarray(basis, np.float64),
+    )
+    for i, (moment, scale, (values, basis)) in started.items()
+  }  # fmt: skip
+
+
+_eigh = jax.jit(jnp.linalg.eigh)
+
+
+def _finish(moment, values, basis):
+  """Descending, clamped, with the residual."""
+  values, basis = np.maximum(values, 0.0)[::-1], basis[:, ::-1]
+  norm = np.linalg.norm(moment)
+  residual = np.linalg.norm(moment - (basis * values) @ basis.T)
+  return values, basis, float(residual / norm) if norm else 0.0
+
+
+def _gather(tasks, solved: Mapping[int, tuple]) -> list[tuple]:
+  """Everybody's solutions in the order of tasks, on every process."""
+  if jax.process_count() == 1:
+    return [solved[i] for i in range(len(tasks))]
+  sizes = [t.size for t in tasks]
+  lengths = [n + n * n + 1 for n in sizes]
+  starts = list(itertools.accumulate(lengths, initial=0))
+  flat = np.zeros(starts[-1], np.float64)
+  for i, parts in solved.items():
+    flat[starts[i] : starts[i + 1]] = np.concatenate(
+      [np.ravel(part) for part in parts]
+    )
+  # As integers: exact, and zero where a process has nothing to say.
+  words = multihost_utils.process_allgather(flat.view(np.uint32))
+  flat = np.bitwise_or.reduce(np.asarray(words), axis=0).view(np.float64)
+
+  def parts(i):
+    values, basis, residual = np.split(
+      flat[starts[i] : starts[i + 1]], [sizes[i], sizes[i] + sizes[i] ** 2]
+    )
+    return values, basis.reshape(sizes[i], -1), float(residual[0])
+
+  return [parts(i) for i in range(len(tasks))]
+
+
+def _assemble(factors, solved: list[tuple]) -> dict[str, Spectrum]:
+  results = iter(solved)
+  out = {}
+  for site, moment in factors.inputs.items():
+    stack = moment.shape[:-2]
+    fields = []
+    for size in (moment.shape[-1], factors.outputs[site].shape[-1]):
+      layers = [next(results) for _ in np.ndindex(stack)]
+      values, basis, residual = (np.array(part) for part in zip(*layers))
+      fields.append(
+        (
+          values.reshape(*stack, size),
+          basis.reshape(*stack, size, size),
+          residual.reshape(stack),
+        )
+      )
+    (a, u, in_residual), (g, v, out_residual) = fields
+    out[site] = Spectrum(a, u, g, v, in_residual, out_residual)
+  return out

@@ -4,6 +4,7 @@ from idesign.training.batches import Batches
 from idesign.training.batches import in_order
 from idesign.training.checkpoint import CheckpointError
 from idesign.training.checkpoint import Checkpointer
+from idesign.training.checkpoint import fingerprint
 from idesign.training.data import image_rows
 from idesign.training.data import load_files
 from idesign.training.data import load_tokenizer

@@ -52,10 +52,14 @@ def edits(at, bases, p, strength, **kwargs):
       'random': curvature.keep_random(
           p, at, bases, share=strength, seed=0, **kwargs
       ),
+      'magnitude': curvature.keep_magnitude(p, at, share=strength, **kwargs),
+      'salient': curvature.keep_salient(
+          p, at, bases, share=strength, **kwargs
+      ),
   }  # fmt: skip
 
 
-KINDS = ('mass', 'share', 'svd', 'random')
+KINDS = ('mass', 'share', 'svd', 'random', 'magnitude', 'salient')
 
 
 def same(a, b):
@@ -237,7 +241,7 @@ def test_factors_that_cannot_be_decomposed_raise():
   broken = factors.outputs | {
     'blocks/up': factors.outputs['blocks/up'] * jnp.nan
   }
-  with pytest.raises(ValueError, match="output 'blocks/up' factor"):
+  with pytest.raises(ValueError, match="output factor of 'blocks/up', layer 0"):
     curvature.spectra(factors._replace(outputs=broken))
 
 
@@ -271,3 +275,147 @@ def test_layers_are_chosen_once():
     curvature.keep_high_curvature(
       p, at, bases, share=0.5, layers={'blocks/up': [1]}
     )
+
+
+def test_magnitude_keeps_the_largest_weights():
+  p, at, _ = setting()
+  edited = curvature.keep_magnitude(p, at, share=0.4).apply(p)
+  for old, new in zip(p['blocks']['up'], edited['blocks']['up']):
+    order = np.argsort(-np.abs(np.asarray(old)).reshape(-1), kind='stable')
+    expected = np.zeros(old.size)
+    kept = order[: round(0.4 * old.size)]
+    expected[kept] = np.asarray(old).reshape(-1)[kept]
+    np.testing.assert_array_equal(np.asarray(new).reshape(-1), expected)
+
+
+def test_salient_drops_what_raises_a_quadratic_loss_least():
+  """`sum C^2 mass / 2` of what is dropped is least, of all sets as large."""
+  p, at, bases = setting()
+  name = 'head/kernel'
+  edit = curvature.keep_salient(p, {name: at[name]}, bases, share=0.25)
+  basis = bases[name]
+  parts = lambda w: (
+    basis.input_basis.T @ np.asarray(w, np.float64) @ basis.output_basis
+  )
+  before = parts(p['head']['kernel'])
+  after = parts(edit.apply(p)['head']['kernel'])
+  saliency = before**2 * basis.mass()
+  dropped = np.abs(after) < 1e-5
+  assert dropped.sum() == 18
+  assert saliency[dropped].max() <= saliency[~dropped].min()
+  # Not what curvature alone would drop.
+  assert (dropped != ~curvature.curvature_masks(basis, share=0.25)).any()
+
+
+def test_score_masks_of_masses_are_those_of_spectra():
+  _, _, bases = setting()
+  for basis in bases.values():
+    for kept in ({'mass': 0.9}, {'share': 0.3}):
+      np.testing.assert_array_equal(
+        curvature.score_masks(basis.mass(), **kept),
+        curvature.curvature_masks(basis, **kept),
+      )
+
+
+@pytest.mark.parametrize('share', [0.05, 0.5, 0.99])
+def test_soft_masks_have_their_mean_and_the_order_of_scores(share):
+  scores = 10.0 ** np.random.default_rng(0).uniform(-12, 3, (2, 8, 7))
+  mask = curvature.soft_masks(scores, share=share)
+  np.testing.assert_allclose(mask.mean((-2, -1)), share, rtol=1e-9)
+  for layer, values in zip(mask, scores):
+    order = np.argsort(values.reshape(-1))
+    assert (np.diff(layer.reshape(-1)[order]) >= 0).all()
+  assert (curvature.soft_masks(scores, share=1.0) == 1).all()
+  with pytest.raises(ValueError, match='Only 0.5 of the scores'):
+    curvature.soft_masks(np.array([[1.0, 0.0]]), share=0.6)
+
+
+def test_soft_edits_scale_components():
+  p, at, bases = setting()
+  name = 'head/kernel'
+  mask = curvature.soft_masks(bases[name].mass(), share=0.5)
+  edit = curvature.keep_components(p, {name: at[name]}, bases, {name: mask})
+  parts = lambda w: (
+    bases[name].input_basis.T
+    @ np.asarray(w, np.float64)
+    @ bases[name].output_basis
+  )
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
+  close(parts(edit.apply(p)['head']['kernel']), mask * parts(p['head']['kernel']))
+  assert edit.kept[name] == pytest.approx(0.5)
+
+
+def test_a_union_keeps_what_each_domain_needs():
+  """In the basis of both domains, as each of them would alone."""
+  p, at, _ = setting()
+  name = 'head/kernel'
+  read = jax.jit(curvature.kfac_factors(apply, name))
+  domains = [
+    read(p, X * scale, key=jax.random.key(i))
+    for i, scale in enumerate((1.0, jnp.array([[9.0, 0, 0, 0, 0, 0]])))
+  ]
+  bases = curvature.spectra(domains[0] + domains[1])
+  masks = [
+    curvature.score_masks(
+      curvature.domain_mass(
+        bases[name], d.inputs[name], d.outputs[name]
+      ),
+      mass=0.9,
+    )
+    for d in domains
+  ]
+  both = curvature.union(*masks)
+  np.testing.assert_array_equal(both, masks[0] | masks[1])
+  assert (masks[0] != masks[1]).any()
+  # A spectrum's own factors have its own mass along it.
+  total = domains[0] + domains[1]
+  own = curvature.domain_mass(
+    bases[name], total.inputs[name], total.outputs[name]
+  )
+  scale = float(total.count) * float(total.positions[name])
+  np.testing.assert_allclose(
+    own / scale, bases[name].mass(), atol=1e-6 * bases[name].mass().max()
+  )
+
+
+@pytest.mark.parametrize('where', ['host', 'devices'])
+def test_spectra_put_factors_together_again(where):
+  p, _, _ = setting()
+  factors = curvature.kfac_factors(apply, '.*')(p, X, key=jax.random.key(1))
+  bound = 1e-13 if where == 'host' else 2e-5
+  for name, s in curvature.spectra(factors, where=where).items():
+    whole = (
+      s.input_basis * s.input_values[..., None, :]
+    ) @ s.input_basis.swapaxes(-1, -2)
+    expected = np.asarray(factors.inputs[name], np.float64) / len(X)
+    error = np.linalg.norm(whole - expected) / np.linalg.norm(expected)
+    assert error <= bound
+    assert s.input_residual.shape == expected.shape[:-2]
+    assert s.input_residual.max() <= bound
+    # Softmax gradients sum to zero, so that an eigenvalue is clamped, which in
+    # float32 is a rounding below zero.
+    eps = float(jnp.finfo(jnp.float32).eps)
+    assert s.output_residual.max() <= max(bound, eps)
+    assert (np.diff(s.input_values) <= 0).all() and s.input_values.min() >= 0
+
+
+def test_small_factors_keep_their_spectrum_on_devices():
+  """At interpolation squares of gradients leave the range of float32."""
+  p, _, _ = setting()
+  factors = curvature.kfac_factors(apply, '.*')(p, X, key=jax.random.key(1))
+  small = factors._replace(
+    outputs=jax.tree.map(lambda g: g * 1e-30, factors.outputs)
+  )
+  for name, s in curvature.spectra(small, where='devices').items():
+    large = curvature.spectra(factors)[name].output_values * 1e-30
+    np.testing.assert_allclose(
+      s.output_values, large, atol=2e-5 * large.max(), rtol=0
+    )
+
+
+def test_work_is_spread_by_cost():
+  costs = [5.0, 3.0, 3.0, 2.0, 2.0, 1.0]
+  shares = curvature.spread(costs, 3)
+  assert sorted(i for share in shares for i in share) == list(range(6))
+  assert [sum(costs[i] for i in share) for share in shares] == [6.0, 5.0, 5.0]
+  assert curvature.spread([], 2) == [[], []]

@@ -96,7 +96,7 @@ def test_no_array_of_all_products_is_formed():
 
 @pytest.mark.parametrize('share', [0.0, -0.1, 1.5, float('nan')])
 def test_shares_out_of_range_raise(share):
-  with pytest.raises(ValueError, match='share must be in'):
+  with pytest.raises(ValueError, match='mass share must be in'):
     curvature.keep_mass(np.ones(2), np.ones(2), share)
 
 
@@ -122,3 +122,79 @@ def test_bad_spectra_raise():
     curvature.keep_mass(np.array([1.0, -1.0]), np.ones(2), 0.5)
   with pytest.raises(ValueError, match='count must be in'):
     curvature.keep_count(np.ones(2), np.ones(2), 5)
+
+
+def scores(kind, seed):
+  rng = np.random.default_rng(seed)
+  if kind == 'integers':
+    return rng.integers(0, 5, (6, 7)).astype(float)
+  if kind == 'equal':
+    return np.full((4, 5), 3.0)
+  if kind == 'with zeros':
+    return np.maximum(rng.integers(-8, 8, (5, 6)), 0.0)
+  return 2.0 ** rng.integers(-30, 30, (6, 5))
+
+
+@pytest.mark.parametrize('share', [0.125, 0.5, 0.75, 0.9375, 1.0])
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('seed', range(3))
+def test_largest_mass_is_the_full_sort(kind, share, seed):
+  values = scores(kind, seed)
+  expected = full_sort(values.reshape(-1), [1.0], share).reshape(values.shape)
+  if share == 1:
+    expected = np.ones_like(expected)
+  np.testing.assert_array_equal(
+    curvature.largest_mass(values, share), expected
+  )
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('seed', range(3))
+def test_largest_count_is_the_full_sort(kind, seed):
+  values = scores(kind, seed)
+  order = np.argsort(-values.reshape(-1), kind='stable')
+  for count in range(values.size + 1):
+    expected = np.zeros(values.size, bool)
+    expected[order[:count]] = True
+    mask = curvature.largest_count(values, count)
+    np.testing.assert_array_equal(mask.reshape(-1), expected)
+
+
+@pytest.mark.parametrize('share', [0.3, 0.9, 0.99999])
+def test_stored_products_are_selected_as_products_are(share):
+  rng = np.random.default_rng(0)
+  rows = descending(2.0 ** rng.integers(-9, 9, 80))
+  columns = descending(2.0 ** rng.integers(-9, 9, 60))
+  counts = curvature.keep_mass(rows, columns, share)
+  np.testing.assert_array_equal(
+    curvature.largest_mass(np.outer(rows, columns), share),
+    curvature.staircase(counts, 60),
+  )
+
+
+def test_shares_that_end_on_a_score_or_on_rounding():
+  """Where sums round, the set still holds the share, and not one more."""
+  values = np.full((10, 10), 0.1)
+  for share in (0.1, 0.29, 0.3, 0.7, 0.99):
+    mask = curvature.largest_mass(values, share)
+    assert abs(mask.sum() - share * 100) < 1 + 1e-9
+  tiny = np.array([[1.0, 1e-320, 0.0]])
+  assert curvature.largest_mass(tiny, 0.999999).sum() == 1
+
+
+@pytest.mark.parametrize('bad', [-1.0, np.nan, np.inf])
+def test_scores_that_cannot_be_selected_raise(bad):
+  with pytest.raises(ValueError, match='finite and not negative'):
+    curvature.largest_mass(np.array([[1.0, bad]]), 0.5)
+  with pytest.raises(ValueError, match='finite and not negative'):
+    curvature.largest_count(np.array([[1.0, bad]]), 1)
+
+
+def test_counts_and_shares_out_of_range_raise():
+  ones = np.ones((2, 3))
+  for share in (0.0, -1.0, 1.5, np.nan):
+    with pytest.raises(ValueError, match='must be in'):
+      curvature.largest_mass(ones, share)
+  for count in (-1, 7):
+    with pytest.raises(ValueError, match=r'count must be in \[0, 6\]'):
+      curvature.largest_count(ones, count)
