@@ -8,6 +8,17 @@ from idesign.curvature.baselines import (
   keep_singular,
   singular,
 )
+from idesign.curvature.classify import (
+  MEMORIZATION,
+  SHARED,
+  UNDECIDED,
+  Classes,
+  classify,
+  kept_edges,
+  null_edges,
+  weight_scores,
+)
+from idesign.curvature.decay import Shield, decay_components, shields
 from idesign.curvature.edit import (
   Edit,
   curvature_masks,
@@ -23,6 +34,16 @@ from idesign.curvature.exact import (
   gauss_newton_product,
   hessian,
   hessian_product,
+)
+from idesign.curvature.files import (
+  FileError,
+  Identity,
+  edit_folder,
+  hash_arrays,
+  load_edit,
+  load_sums,
+  save_edit,
+  save_sums,
 )
 from idesign.curvature.fisher import (
   Fisher,
@@ -42,6 +63,11 @@ from idesign.curvature.krylov import (
   hutchpp_trace,
   lanczos,
   spectral_density,
+)
+from idesign.curvature.moments import (
+  Moments,
+  band_shares,
+  component_moments,
 )
 from idesign.curvature.selection import (
   keep_count,
@@ -63,3 +89,5 @@ from idesign.curvature.stream import (
   StreamState,
   plan_groups,
 )
+from idesign.curvature.subnet import BalancedSubnet, SubnetConfig, SubnetState
+from idesign.curvature.tied import merge_uses

@@ -104,8 +104,8 @@ def kfac_factors(
   Returns:
     `factors(params, inputs, *, key=None, labels=None, mask=None) -> Factors`,
     to be jitted by the caller. To sample labels a `key` is needed, or one for
-    each example, `[B]`; `labels [B, *T]` for gold ones. `mask [B, T]` leaves positions out of the loss and of
-    both factors.
+    each example, `[B]`; `labels [B, *T]` for gold ones. `mask [B, T]` leaves
+    positions out of the loss and of both factors.
 
   Raises (when called or traced):
     ValueError: key or labels are missing.

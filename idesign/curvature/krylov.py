@@ -190,7 +190,9 @@ def hutchpp_trace(
 
 
 def _dot(a: PyTree, b: PyTree) -> Array:
-  parts = jax.tree.map(lambda x, y: jnp.vdot(at_least_float32(x), at_least_float32(y)), a, b)
+  parts = jax.tree.map(
+    lambda x, y: jnp.vdot(at_least_float32(x), at_least_float32(y)), a, b
+  )
   return jax.tree.reduce(jnp.add, parts)
 
 

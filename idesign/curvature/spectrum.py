@@ -91,8 +91,7 @@ def spectra(
   if where == 'host':
     mine = spread([t.size**3 for t in tasks], jax.process_count())
     solved = {
-      i: _solve_on_host(read(tasks[i]))
-      for i in mine[jax.process_index()]
+      i: _solve_on_host(read(tasks[i])) for i in mine[jax.process_index()]
     }
   else:
     solved = _solve_on_devices(tasks, read)
@@ -126,10 +125,11 @@ def as_bases(
   spectra: Mapping[str, Spectrum], dtype=jnp.float32
 ) -> dict[str, tuple[Array, Array]]:
   """The eigenbases as arrays, as `ekfac_eigenvalues` takes them."""
+  pair = lambda s: (s.input_basis, s.output_basis)
   return {
-    name: (jnp.asarray(s.input_basis, dtype), jnp.asarray(s.output_basis, dtype))
+    name: tuple(jnp.asarray(basis, dtype) for basis in pair(s))
     for name, s in spectra.items()
-  }  # fmt: skip
+  }
 
 
 def domain_mass(spectrum: Spectrum, inputs, outputs) -> np.ndarray:

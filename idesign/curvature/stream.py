@@ -254,9 +254,7 @@ class FactorStream:
     return NamedSharding(self._mesh, PartitionSpec(*spec))
 
   def _total_sharding(self, x) -> NamedSharding:
-    return NamedSharding(
-      self._mesh, PartitionSpec(*self._sharding(x).spec[1:])
-    )
+    return NamedSharding(self._mesh, PartitionSpec(*self._sharding(x).spec[1:]))
 
 
 def _total(sums: Factors):

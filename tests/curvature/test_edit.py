@@ -341,7 +341,9 @@ def test_soft_edits_scale_components():
     @ bases[name].output_basis
   )
   close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
-  close(parts(edit.apply(p)['head']['kernel']), mask * parts(p['head']['kernel']))
+  close(
+    parts(edit.apply(p)['head']['kernel']), mask * parts(p['head']['kernel'])
+  )
   assert edit.kept[name] == pytest.approx(0.5)
 
 
@@ -357,9 +359,7 @@ def test_a_union_keeps_what_each_domain_needs():
   bases = curvature.spectra(domains[0] + domains[1])
   masks = [
     curvature.score_masks(
-      curvature.domain_mass(
-        bases[name], d.inputs[name], d.outputs[name]
-      ),
+      curvature.domain_mass(bases[name], d.inputs[name], d.outputs[name]),
       mass=0.9,
     )
     for d in domains

@@ -143,9 +143,7 @@ def test_largest_mass_is_the_full_sort(kind, share, seed):
   expected = full_sort(values.reshape(-1), [1.0], share).reshape(values.shape)
   if share == 1:
     expected = np.ones_like(expected)
-  np.testing.assert_array_equal(
-    curvature.largest_mass(values, share), expected
-  )
+  np.testing.assert_array_equal(curvature.largest_mass(values, share), expected)
 
 
 @pytest.mark.parametrize('kind', KINDS)

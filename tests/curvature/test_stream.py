@@ -112,7 +112,12 @@ def test_shards_do_not_speak_to_each_other_before_the_end():
   )
   state = stream.init(params, batch, jax.random.key(3))
   text = stream.lower(state, params, batch).compile().as_text()
-  for collective in ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all'):
+  for collective in (
+    'all-reduce',
+    'all-gather',
+    'reduce-scatter',
+    'all-to-all',
+  ):
     assert collective not in text
 
 
@@ -144,7 +149,8 @@ def test_what_is_not_finite_is_named(layer):
   params['blocks']['mlp']['up']['kernel'] = up.at[layer, 0, 0].set(jnp.inf)
   # The first input that is spoiled is that of what comes after the weight.
   with pytest.raises(
-    FloatingPointError, match=f"input of 'blocks/mlp/down/kernel', layer {layer}"
+    FloatingPointError,
+    match=f"input of 'blocks/mlp/down/kernel', layer {layer}",
   ):
     collect(params=params)
 
@@ -162,7 +168,12 @@ def found():
   params, numbered = script.setting()
   loss = lambda p, x: script.MODEL.apply(p, x).sum((1, 2))
   x = numbered.batch(0)['inputs']
-  return params, loss, x, sites.find_sites(loss, params, x, script.KERNELS).sites
+  return (
+    params,
+    loss,
+    x,
+    sites.find_sites(loss, params, x, script.KERNELS).sites,
+  )
 
 
 @pytest.mark.parametrize('layers_that_fit', [1, 2, 3, 7])
@@ -175,13 +186,9 @@ def test_groups_cover_every_layer_once(layers_that_fit):
   for group in groups:
     part = sites.find_sites(loss, params, x, group).sites
     seen += [
-      (s.path, i)
-      for s in part
-      for i in range(*(s.layers or (0, s.stack[0])))
+      (s.path, i) for s in part for i in range(*(s.layers or (0, s.stack[0])))
     ]
-    size = sum(
-      4 * 3 * (s.d_in**2 + s.d_out**2) * (s.stack[0]) for s in part
-    )
+    size = sum(4 * 3 * (s.d_in**2 + s.d_out**2) * (s.stack[0]) for s in part)
     assert size <= layers_that_fit * layer
   assert len(seen) == len(expected)
   assert set(seen) == expected
