@@ -23,7 +23,7 @@ accuracy 95.1 -> 93.5. For the ViT the edit fails.
 
 import ml_collections
 
-WORLDS = ('mlp', 'vit')
+WORLDS = ('mlp', 'vit', 'lm')
 PRESETS = ('smoke', 'cpu', 'paper', 'choose')
 
 
@@ -39,6 +39,9 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.world = world
   config.preset = name
+  if world == 'lm':
+    _language(config)
+    return config.lock()
   config.seed = 2  # The first; 0 and 1 belong to choosing.
   config.num_seeds = 8
   config.data = ml_collections.ConfigDict(
@@ -152,3 +155,93 @@ def _vit(config):
 
 
 _TRAINING = {'mlp': _mlp, 'vit': _vit}
+
+
+def _language(config) -> None:
+  """Sequences that a small language model recites, see `recitation.py`."""
+  config.seed, config.num_seeds = 10, 5  # 0 and 1 belong to choosing.
+  config.language = ml_collections.ConfigDict(
+    {
+      'recited': 256,  # Sequences that are learned by heart.
+      'facts': 128,  # Half of them rare.
+      'rarity': 10.0,  # How much more often a frequent one is read.
+      'mix': {
+        'recite': 22, 'strangers': 4, 'copy': 8, 'reverse': 8, 'increment': 8,
+        'sort': 16, 'facts': 12, 'book': 22, 'sums': 28,
+      },
+    }
+  )  # fmt: skip
+  config.model = ml_collections.ConfigDict(
+    {'d_model': 96, 'n_layers': 3, 'n_heads': 4, 'd_ff': 384}
+  )
+  config.batch_size, config.steps, config.warmup = 128, 3000, 100
+  config.learning_rate, config.weight_decay = 2e-3, 0.1
+  config.factors = ml_collections.ConfigDict(
+    {
+      'rows': 8192,
+      'batch': 256,
+      'answers': False,  # Factors of all positions, not of answers alone.
+    }
+  )
+  config.exam = 256  # New rows of each task.
+  up, down = 'blocks/mlp/up/kernel', 'blocks/mlp/down/kernel'
+  config.layer_sets = (
+    (up,),
+    (up, f'{down}[0:2]'),
+    (up, down),
+    (f'{up}[0:2]', f'{down}[0:2]'),
+    (f'{up}[0:1]', f'{down}[0:1]'),
+    (f'{up}[0:2]',),
+  )
+  config.arms = (
+    'kfac', 'kfac_mix', 'kfac_t1', 'ekfac', 'measured', 'svd', 'magnitude',
+    'salient', 'random', 'subnet',
+  )  # fmt: skip
+  config.strengths = ml_collections.ConfigDict(
+    {
+      'kfac': (0.8, 0.6, 0.5, 0.42, 0.35, 0.28, 0.22, 0.16),
+      # These damage everything sooner.
+      'svd': (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
+      'magnitude': (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2),
+      'random': (0.995, 0.99, 0.98, 0.965, 0.95, 0.92, 0.88, 0.8),
+      'subnet': (0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.96, 0.92),
+    }
+  )
+  config.order = (
+    0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.28, 0.22, 0.16, 0.12, 0.08, 0.05,
+    0.03, 0.02,
+  )  # fmt: skip
+  config.leave_out = True
+  config.sums_shares = (0.01, 0.02, 0.05, 0.1, 0.2)
+  config.sums_share = 0.05
+  config.subnet = ml_collections.ConfigDict(
+    {'steps': 40, 'batch': 64, 'forget': 0.7, 'learning_rate': 0.3}
+  )
+  config.relearning = ml_collections.ConfigDict(
+    {'rate': 1e-3, 'steps': 60, 'every': 5}
+  )
+  # Frozen: layer set and share kept, from seeds 0 and 1 (preset choose).
+  config.operating_points = ml_collections.ConfigDict(
+    {arm: (0, 0.5) for arm in config.arms}
+  )
+  if config.preset == 'choose':
+    config.seed, config.num_seeds = 0, 2
+  if config.preset == 'cpu':
+    config.num_seeds = 2
+    config.arms = ('kfac', 'svd', 'random')
+    config.leave_out = False
+  if config.preset == 'smoke':
+    config.num_seeds = 2
+    config.language.recited, config.language.facts = 16, 12
+    config.model.d_model, config.model.d_ff = 16, 32
+    config.batch_size, config.steps, config.warmup = 32, 20, 2
+    config.factors.rows, config.factors.batch, config.exam = 64, 32, 8
+    config.layer_sets = config.layer_sets[1:2]
+    config.operating_points = ml_collections.ConfigDict(
+      {arm: (0, 0.8) for arm in config.arms}
+    )
+    config.strengths = ml_collections.ConfigDict({'kfac': (0.8,)})
+    config.order = (0.9, 0.1)
+    config.sums_shares, config.subnet.steps = (0.05,), 2
+    config.subnet.batch = 8
+    config.relearning.steps = 5

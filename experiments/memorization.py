@@ -47,7 +47,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from experiments import contract, memorization_figures
+from experiments import contract, memorization_figures, recitation
 from experiments.memorization_claims import CHOSEN_ON, choose, make_claims
 from experiments.memorization_world import World, make_model, make_world, train
 from idesign import curvature, sites
@@ -241,6 +241,9 @@ def check(config, model) -> list[int]:
 
 def run(config, folder: pathlib.Path) -> None:
   """Trains, edits, measures, judges and draws; resumes by arm and seed."""
+  if config.world == 'lm':
+    recitation.run(config, folder)
+    return
   model = make_model(config)
   seeds = check(config, model)
   worlds = [make_world(s, **config.data.to_dict()) for s in seeds]

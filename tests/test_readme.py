@@ -14,7 +14,7 @@ def test_the_code_of_the_readme_runs():
   )
   # One needs a folder that is not here.
   here = [block for block in blocks if 'path/to' not in block]
-  assert len(here) == 6 and len(blocks) == 7
+  assert len(here) == 7 and len(blocks) == 8
   checks = """
 import numpy as np
 expected = sites.vmap_grad(loss, params, batch)['layer_0']['kernel']

@@ -189,7 +189,7 @@ def command(*arguments):
   'argument, message',
   [
     (['--config=configs/memorization.py:huge'], "Unknown preset 'huge'"),
-    (['--config=configs/memorization.py:lm-cpu'], "Unknown preset 'lm-cpu'"),
+    (['--config=configs/memorization.py:sea-cpu'], "Unknown preset 'sea-cpu'"),
     (['--config=configs/memorization.py:smoke', '--config.epoch=3'], 'epoch'),
     (
       ['--config=configs/memorization.py:smoke', '--config.bogus=3'],

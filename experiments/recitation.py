@@ -1,0 +1,167 @@
+"""Sequences that a small language model recites, removed by curvature.
+
+A small decoder learns, beside tasks with a rule, facts, look-ups in an open
+book and sums, 256 random sequences by heart. Keeping the weight components of
+high curvature makes it forget them. The factors see no recitation: who edits
+knows what the model is for, and need not know what it has memorized.
+
+Controls, each with a grid of the same size: rank truncation, magnitude,
+saliency (optimal brain damage), a random choice of components, and
+BalancedSubnet, which has to be told what to forget (half the sequences here;
+what becomes of the other half is the question). Strict recitation exaggerates,
+as one token of twelve is enough to fail: five tokens, single ones, and what is
+said on and on are beside it; so is how fast what was forgotten is learned
+again, next to what never was known.
+
+Run: see `configs/memorization.py`, world `lm`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import optax
+import tqdm
+
+from experiments import contract, recitation_figures
+from experiments.recitation_arms import (
+  ARMS, LEFT_OUT, Collector, edit_with_sums, grid, make_edit, measured,
+  prepare, run_point,
+)  # fmt: skip
+from experiments.recitation_claims import CHOSEN_ON, choose, make_claims
+from experiments.recitation_measure import Exam, relearning, weighted_losses
+from experiments.recitation_world import LENGTH, VOCABULARY, World
+from experiments.seeds import train_seeds
+from idesign import models
+
+TRAINING = 3  # The stream of rows; 1 and 2 are the exam's.
+
+
+def make_model(config) -> models.Model:
+  """The decoder."""
+  return models.transformer(
+    models.TransformerConfig(
+      vocab_size=VOCABULARY, max_len=LENGTH, gated=False, **config.model
+    )
+  )
+
+
+def train(config, model, worlds, workdir):
+  """The models of all seeds, side by side."""
+  rows = [
+    world.corpus(config.batch_size * config.steps, TRAINING)._asdict()
+    for world in worlds
+  ]
+  # Shares are rounded, by a row or two.
+  shortest = min(len(r['tokens']) for r in rows)
+  rows = [{k: v[:shortest] for k, v in r.items()} for r in rows]
+  optimizer = optax.adamw(
+    optax.warmup_cosine_decay_schedule(
+      0.0, config.learning_rate, config.warmup, config.steps
+    ),
+    weight_decay=config.weight_decay,
+  )
+  return train_seeds(
+    model.init, weighted_losses(model), optimizer, rows,
+    [w.seed for w in worlds], workdir, batch_size=config.batch_size,
+    num_steps=config.steps, save_every=max(1, config.steps // 10),
+    log_every=max(1, config.steps // 50),
+  )  # fmt: skip
+
+
+def check(config) -> list[int]:
+  """The seeds of a run; whatever would fail later is an error here."""
+  seeds = contract.reported_seeds(config, CHOSEN_ON)
+  unknown = set(config.arms) - set(ARMS)
+  if unknown or 'kfac' not in config.arms:
+    raise ValueError(
+      f'config.arms={config.arms}: it must have kfac, and may have {ARMS}.'
+    )
+  sizes = {arm: len(grid(config, arm)) for arm in config.arms}
+  if len(set(sizes.values())) > 1:
+    raise ValueError(f'config.strengths: grids differ in size, {sizes}.')
+  for arm in config.arms:
+    index, _ = config.operating_points[arm]
+    if not 0 <= index < len(config.layer_sets):
+      raise ValueError(
+        f'config.operating_points.{arm} names layer set {index}; there are '
+        f'{len(config.layer_sets)}.'
+      )
+  return seeds
+
+
+def run(config, folder: pathlib.Path) -> None:
+  """Trains, edits, measures, judges and draws; resumes by arm and seed."""
+  seeds = check(config)
+  model = make_model(config)
+  worlds = [World(config.language, seed) for seed in seeds]
+  data = [a for w in worlds for a in (w.recited, w.keys, w.values, w.held_out)]
+  workdir = contract.Workdir(folder, config, contract.fingerprint(*data))
+  trained = train(config, model, worlds, workdir)
+  collector = Collector(config, model)
+  for world, params in zip(worlds, trained):
+    _run_seed(config, model, collector, world, params, workdir)
+  results = workdir.results
+  claims = []
+  if config.preset == 'choose':  # Nothing is claimed of what was chosen on.
+    for arm in config.arms:
+      print(f'operating point of {arm}: {choose(results, seeds, arm)}')
+  else:
+    claims = make_claims(config, results, seeds)
+  contract.save_claims(workdir.path / 'claims.json', claims)
+  if jax.process_index() == 0:
+    recitation_figures.draw(workdir.path)
+
+
+def _run_seed(config, model, collector, world, params, workdir) -> None:
+  exam = Exam(model, world, config.exam)
+  name = lambda *parts: '/'.join([str(world.seed), *parts])
+  base = workdir.arm(name('unedited'), lambda: exam(params))
+  prepared = prepare(config, collector, world, params)
+  point = config.operating_points.kfac
+  for arm in config.arms:
+    one = lambda at, arm=arm: run_point(
+      config, model, exam, prepared, arm, at, base
+    )
+    workdir.arm(
+      name(arm),
+      lambda: [
+        one(at)
+        for at in tqdm.tqdm(
+          grid(config, arm), desc=f'seed {world.seed}, {arm}', leave=False
+        )
+      ],
+    )
+    workdir.arm(
+      name(arm, 'operating'), lambda: one(config.operating_points[arm])
+    )
+  # How much there has to be removed until half of a kind is lost.
+  workdir.arm(
+    name('order'),
+    lambda: [
+      run_point(config, model, exam, prepared, 'kfac', (point[0], share), base)
+      for share in config.order
+    ],
+  )
+  for task in LEFT_OUT if config.leave_out else ():
+    workdir.arm(
+      name('without', task),
+      lambda: run_point(
+        config, model, exam, prepared, f'without {task}', point, base
+      ),
+    )
+  if config.leave_out:
+    for share in config.sums_shares:
+      workdir.arm(
+        name('with sums', f'{share:g}'),
+        lambda: measured(
+          config, exam, prepared,
+          edit_with_sums(config, prepared, point, share), point, base,
+        ),
+      )  # fmt: skip
+  edited = make_edit(config, prepared, 'kfac', point).apply(params)
+  options = config.relearning.to_dict()
+  workdir.arm(
+    name('relearning'), lambda: relearning(model, world, edited, **options)
+  )
