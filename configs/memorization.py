@@ -10,7 +10,9 @@ labels replaced by a wrong one, an MLP and a small ViT.
   python -m experiments.memorization --config=configs/memorization.py:cpu \
       --workdir=runs/memorization-cpu
 
-The argument is `[WORLD-]PRESET`. Worlds: `mlp` (the default) and `vit`.
+The argument is `[WORLD-]PRESET`. Worlds: `mlp` (the default) and `vit`; `lm`,
+a small language model that recites (`experiments/recitation.py`), and
+`pretrained`, any Hugging Face folder (`experiments/recitation_pretrained.py`).
 Presets: `smoke` (every code path, no claim meant), `cpu`, `paper` (every arm
 of curvature), and `choose`: the same grids on seeds 0 and 1, from which the
 operating points below were taken by the rule in
@@ -23,24 +25,29 @@ accuracy 95.1 -> 93.5. For the ViT the edit fails.
 
 import ml_collections
 
-WORLDS = ('mlp', 'vit', 'lm')
+WORLDS = ('mlp', 'vit', 'lm', 'pretrained')
 PRESETS = ('smoke', 'cpu', 'paper', 'choose')
 
 
 def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   """The config of `[world-]preset`, locked."""
+  if preset == 'full':
+    return _full().lock()
   world, _, name = preset.rpartition('-')
   world = world or 'mlp'
   if world not in WORLDS or name not in PRESETS:
     raise ValueError(
       f'Unknown preset {preset!r}: it is [WORLD-]PRESET with a world of '
-      f'{WORLDS} and a preset of {PRESETS}, such as mlp-cpu.'
+      f'{WORLDS} and a preset of {PRESETS}, such as mlp-cpu, or full.'
     )
   config = ml_collections.ConfigDict()
   config.world = world
   config.preset = name
   if world == 'lm':
     _language(config)
+    return config.lock()
+  if world == 'pretrained':
+    _pretrained(config)
     return config.lock()
   config.seed = 2  # The first; 0 and 1 belong to choosing.
   config.num_seeds = 8
@@ -220,16 +227,22 @@ def _language(config) -> None:
   config.relearning = ml_collections.ConfigDict(
     {'rate': 1e-3, 'steps': 60, 'every': 5}
   )
-  # Frozen: layer set and share kept, from seeds 0 and 1 (preset choose).
-  config.operating_points = ml_collections.ConfigDict(
-    {arm: (0, 0.5) for arm in config.arms}
+  config.components = ml_collections.ConfigDict(
+    {'per_layer': 60, 'rows': 2048, 'score': 'curvature'}
   )
+  # Layer set and share kept, of every arm: none is chosen yet, so that only
+  # `choose` and `smoke` run.
+  config.operating_points = ml_collections.ConfigDict({})
   if config.preset == 'choose':
     config.seed, config.num_seeds = 0, 2
+    config.operating_points = ml_collections.ConfigDict(
+      {arm: (1, 0.5) for arm in config.arms}
+    )
   if config.preset == 'cpu':
     config.num_seeds = 2
     config.arms = ('kfac', 'svd', 'random')
     config.leave_out = False
+    config.components.per_layer = 0
   if config.preset == 'smoke':
     config.num_seeds = 2
     config.language.recited, config.language.facts = 16, 12
@@ -245,3 +258,97 @@ def _language(config) -> None:
     config.sums_shares, config.subnet.steps = (0.05,), 2
     config.subnet.batch = 8
     config.relearning.steps = 5
+    config.components.per_layer, config.components.rows = 10, 64
+
+
+def _pretrained(config) -> None:
+  """A small pretrained model and its own phrases."""
+  data = '../shared/data'
+  config.seed, config.num_seeds = 10, 1
+  config.model = ml_collections.ConfigDict(
+    {
+      'path': f'{data}/lm_stories260K/hf',
+      'dtype': 'float32',
+      'bos': '<s>',  # That begins every text; '' for none.
+    }
+  )
+  config.select = ('blocks/mlp/(gate|up)/kernel[2:5]',)
+  config.mass = 0.98  # Of the edit that is saved; published for OLMo: 0.6.
+  config.perplexity_limit = 1.2  # At which arms are compared.
+  config.eigen = 'host'  # Or 'devices', in float32.
+  # Texts of factors; others than `text` are mixed in, an arm each.
+  config.factors = ml_collections.ConfigDict(
+    {'text': (f'{data}/text_tinystories/tinystories_sample.txt',)}
+  )
+  config.mixture = 1.0  # Weight of the other text.
+  config.batch, config.length, config.num_batches = 8, 128, 16
+  config.save_every = 8
+  config.perplexity = ml_collections.ConfigDict(
+    {'stories': (f'{data}/text_tinystories/tinystories_sample.txt',)}
+  )
+  config.passages = ml_collections.ConfigDict({})  # Name -> JSON Lines.
+  config.phrases = ml_collections.ConfigDict(
+    {'stories': 2048, 'length': 96, 'least': 6, 'most': 200}
+  )
+  config.questions = ml_collections.ConfigDict({})  # Name -> JSON Lines.
+  config.exam = ml_collections.ConfigDict(
+    {'batch': 16, 'prefix': 6, 'suffix': 9, 'length': 256}
+  )
+  # Of `kfac` the share of curvature mass that is kept, else of components.
+  config.strengths = ml_collections.ConfigDict(
+    {
+      'kfac': (0.999, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.6),
+      'svd': (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2),
+      'random': (0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.85, 0.8),
+    }
+  )
+  config.mesh = ml_collections.ConfigDict({'data': -1, 'model': 1})
+  # Memory of a device, and its speed; 0 if that is not known.
+  config.hardware = ml_collections.ConfigDict({'gib': 8.0, 'tflops': 0.0})
+  if config.preset == 'smoke':
+    config.num_batches, config.batch, config.length = 2, 8, 32
+    config.phrases.stories, config.phrases.least = 64, 2
+    config.strengths = ml_collections.ConfigDict(
+      {'kfac': (0.9,), 'svd': (0.5,), 'random': (0.9,)}
+    )
+
+
+def _full() -> ml_collections.ConfigDict:
+  """The published experiment: OLMo-2-7B, on accelerators.
+
+    python -m experiments.memorization --workdir=runs/full \\
+        --config=configs/memorization.py:full \\
+        --config.model.path=OLMo-2-1124-7B \\
+        --config.factors.text="('TEXT.txt',)" \\
+        --config.perplexity.text="('HELD_OUT.txt',)"
+
+  On a TPU v5e-16, say: `mesh.model` of 8, 16 GiB and 197 TFLOP/s a device. The
+  plan that is printed first says what it takes. It has not been run yet.
+  """
+  config = ml_collections.ConfigDict()
+  config.world, config.preset = 'pretrained', 'full'
+  _pretrained(config)
+  config.model.path, config.model.dtype, config.model.bos = '', 'bfloat16', ''
+  config.mass = 0.6
+  config.select = ('blocks/mlp/(gate|up)/kernel[23:26]',)
+  config.eigen = 'devices'
+  config.factors.text = ('',)
+  # 20 million tokens, as published.
+  config.batch, config.length, config.num_batches = 32, 512, 1221
+  config.save_every = 50
+  config.perplexity = ml_collections.ConfigDict({'text': ('',)})
+  data = '../shared/data/memorization_olmo'
+  config.passages = ml_collections.ConfigDict(
+    {
+      'dolma': f'{data}/olmo_7b_dolma_dedup_val.jsonl',
+      'quotes': f'{data}/olmolarge8_bfloat16.jsonl',
+    }
+  )
+  config.phrases.stories = 0
+  config.questions = ml_collections.ConfigDict({'boolq': '', 'bbh': ''})
+  config.exam = ml_collections.ConfigDict(
+    {'batch': 32, 'prefix': 64, 'suffix': 48, 'length': 1024}
+  )
+  config.mesh.model = 8
+  config.hardware.gib, config.hardware.tflops = 16.0, 197.0
+  return config

@@ -47,12 +47,15 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from experiments import contract, memorization_figures, recitation
+from experiments import (
+  contract, memorization_figures, recitation, recitation_pretrained,
+)  # fmt: skip
 from experiments.memorization_claims import CHOSEN_ON, choose, make_claims
 from experiments.memorization_world import World, make_model, make_world, train
 from idesign import curvature, sites
 from idesign.sites import selection
 
+ELSEWHERE = {'lm': recitation.run, 'pretrained': recitation_pretrained.run}
 FISHER = {
   'kfac': curvature.Fisher(normalize='example', num_samples=8),
   'kfac_t1': curvature.Fisher(num_samples=8),
@@ -241,8 +244,8 @@ def check(config, model) -> list[int]:
 
 def run(config, folder: pathlib.Path) -> None:
   """Trains, edits, measures, judges and draws; resumes by arm and seed."""
-  if config.world == 'lm':
-    recitation.run(config, folder)
+  if config.world in ELSEWHERE:
+    ELSEWHERE[config.world](config, folder)
     return
   model = make_model(config)
   seeds = check(config, model)

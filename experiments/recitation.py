@@ -21,17 +21,22 @@ from __future__ import annotations
 import pathlib
 
 import jax
+import numpy as np
 import optax
 import tqdm
 
-from experiments import contract, recitation_figures
+from experiments import components, contract, recitation_figures
 from experiments.recitation_arms import (
-  ARMS, LEFT_OUT, Collector, edit_with_sums, grid, make_edit, measured,
-  prepare, run_point,
+  ARMS, BY_HEART, COMPONENTS, LEFT_OUT, Collector, Prepared, edit_with_sums,
+  grid, make_edit, measured, prepare, run_point,
 )  # fmt: skip
 from experiments.recitation_claims import CHOSEN_ON, choose, make_claims
-from experiments.recitation_measure import Exam, relearning, weighted_losses
-from experiments.recitation_world import LENGTH, VOCABULARY, World
+from experiments.recitation_measure import (
+  Exam, answer_losses, relearning, weighted_losses,
+)  # fmt: skip
+from experiments.recitation_world import (
+  LENGTH, VOCABULARY, World, recitations,
+)  # fmt: skip
 from experiments.seeds import train_seeds
 from idesign import models
 
@@ -81,6 +86,12 @@ def check(config) -> list[int]:
   sizes = {arm: len(grid(config, arm)) for arm in config.arms}
   if len(set(sizes.values())) > 1:
     raise ValueError(f'config.strengths: grids differ in size, {sizes}.')
+  missing = sorted(set(config.arms) - set(config.operating_points))
+  if missing:
+    raise ValueError(
+      f'config.operating_points has nothing of {missing}: choose on seeds 0 '
+      'and 1 (preset lm-choose, which prints them) and set them.'
+    )
   for arm in config.arms:
     index, _ = config.operating_points[arm]
     if not 0 <= index < len(config.layer_sets):
@@ -160,8 +171,35 @@ def _run_seed(config, model, collector, world, params, workdir) -> None:
           edit_with_sums(config, prepared, point, share), point, base,
         ),
       )  # fmt: skip
+  if config.components.per_layer:
+    workdir.arm(
+      name('components'),
+      lambda: component_analysis(config, model, collector, prepared),
+    )
   edited = make_edit(config, prepared, 'kfac', point).apply(params)
   options = config.relearning.to_dict()
   workdir.arm(
     name('relearning'), lambda: relearning(model, world, edited, **options)
   )
+
+
+def component_analysis(config, model, collector: Collector, prepared: Prepared):
+  """Who needs which component, see `experiments.components`."""
+  world, params, bases = prepared.world, prepared.params, prepared.bases['kfac']
+  random = np.random.default_rng(np.random.SeedSequence([world.seed, 4]))
+  others = world.corpus(512, 71, without=BY_HEART)
+  strangers = world.rows('strangers', len(world.recited), random)
+  read = lambda shuffle: collector.moments(
+    params, world, bases, shuffle=shuffle
+  )
+  temperature = COMPONENTS.temperature
+  return components.analyse(
+    world.seed, params, answer_losses(model), answer_losses(model, temperature),
+    prepared.at, bases, read(None), read(jax.random.key(world.seed)),
+    {
+      components.MEMORIZED: recitations(world.recited)._asdict(),
+      components.SHARED_GROUP: others._asdict(),
+      components.UNUSUAL: strangers._asdict(),
+    },
+    per_layer=config.components.per_layer,
+  )  # fmt: skip

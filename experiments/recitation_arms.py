@@ -45,6 +45,9 @@ SCORES = {
   'ekfac': curvature.Fisher(normalize='example'),
   'measured': curvature.Fisher(labels='gold', temperature=3.0),
 }
+# What components are analysed with, see `experiments.components`.
+COMPONENTS = curvature.Fisher(labels='gold', temperature=3.0)
+_CHUNK = 64  # Rows whose gradients are held at a time.
 # Tasks of which one after another factors see nothing.
 LEFT_OUT = tuple(t for t in MARKERS if t != 'recite')
 CONTROLS = ('svd', 'magnitude', 'salient', 'random', 'subnet')
@@ -99,6 +102,25 @@ class Collector:
     bases = curvature.as_bases(bases)
     total = self._add(read, fisher, params, batches, number, bases)
     return {n: np.asarray(v) for n, v in total.mean().items()}
+
+  def moments(self, params, world: World, bases, *, shuffle=None):
+    """Moments of components over rows of the whole mix, but strangers."""
+    rows = factor_rows(
+      world, self._config.components.rows, 70, answers=True,
+      without=('strangers',),
+    )  # fmt: skip
+    read = self._reader(curvature.component_moments, COMPONENTS)
+    bases, parts = curvature.as_bases(bases), []
+    for i in range(0, len(rows['inputs']), _CHUNK):
+      key = None if shuffle is None else jax.random.fold_in(shuffle, i)
+      part = {k: v[i : i + _CHUNK] for k, v in rows.items()}
+      parts.append(
+        read(
+          params, part['inputs'], bases, labels=part['labels'],
+          mask=part['mask'], shuffle=key,
+        )
+      )  # fmt: skip
+    return functools.reduce(operator.add, parts)
 
   def _reader(self, make, fisher):
     key = make, fisher

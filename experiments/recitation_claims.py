@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import contract
+from experiments import components_claims, contract
 from experiments.recitation_measure import RULES, kept_share
 
 CHOSEN_ON = (0, 1)
@@ -135,6 +135,9 @@ def make_claims(config, results, seeds) -> list[contract.Claim]:
        [r['recited_untold'] - r['recited_told'] for r in told], '>=', 0,
        f'{PAPER}, Table 3: quotes 60.0, Dolma 6.0')
     )  # fmt: skip
+  if config.components.per_layer:
+    analyses = [results[f'{s}/components'] for s in seeds]
+    rows += components_claims.rows(analyses, config.components.score)
   return [
     contract.claim(
       f'lm_{id_}', f'lm: {text}', samples, comparator, target, seeds=seeds,

@@ -8,6 +8,7 @@ import pathlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments import components_figures
 from experiments.contract.claims import interval
 from experiments.contract.figures import save_figures
 from experiments.recitation_measure import FACTS, RULES, kept_share
@@ -51,13 +52,14 @@ def draw(workdir: pathlib.Path) -> None:
   }
   if config['leave_out']:
     figures['left_out'] = _left_out
-  save_figures(
-    workdir,
-    {
-      name: lambda figure=figure: figure(results, config, seeds)
-      for name, figure in figures.items()
-    },
-  )
+  drawings = {
+    name: lambda figure=figure: figure(results, config, seeds)
+    for name, figure in figures.items()
+  }
+  if config['components']['per_layer']:
+    analyses = [results[f'{s}/components'] for s in seeds]
+    drawings |= components_figures.figures(analyses)
+  save_figures(workdir, drawings)
 
 
 def _line(axis, x, curves, **style):

@@ -41,12 +41,14 @@ def weighted_losses(model: models.Model) -> Callable[[Any, Any], jax.Array]:
   return loss
 
 
-def answer_losses(model: models.Model) -> Callable[[Any, Any], jax.Array]:
+def answer_losses(
+  model: models.Model, temperature: float = 1.0
+) -> Callable[[Any, Any], jax.Array]:
   """`loss(params, rows) -> [B]` over answers alone, summed."""
 
   def loss(params, batch):
     tokens = batch['tokens'].astype(jnp.int32)
-    logits = model.apply(params, tokens[:, :-1])
+    logits = model.apply(params, tokens[:, :-1]) / temperature
     mask = batch['role'][:, 1:] == ANSWER
     return curvature.negative_log_likelihood(logits, tokens[:, 1:], mask)
 

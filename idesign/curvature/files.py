@@ -265,7 +265,7 @@ def edit_folder(
 def _whole(x) -> np.ndarray:
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     x = multihost_utils.process_allgather(x, tiled=True)
-  return np.ascontiguousarray(x)
+  return np.asarray(x, order='C')  # Which leaves scalars scalars.
 
 
 def _bits(x: np.ndarray) -> np.ndarray:

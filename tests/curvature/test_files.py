@@ -42,6 +42,8 @@ def saved(tmp_path):
 
 def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
+  shapes = lambda tree: jax.tree.map(np.shape, tree)
+  assert shapes(a) == shapes(b)
 
 
 def test_factors_come_back(tmp_path):

@@ -226,6 +226,7 @@ def test_claims_compare_with_points_that_keep_as_much():
   config = get_config('lm-paper').copy_and_resolve_references()
   with config.unlocked():
     config.arms = ('kfac', 'svd', 'subnet')
+    config.components.per_layer = 0
   row = lambda recited, worst, **kw: {
     'recited': recited, 'worst': worst, 'worst_fact': 92.0, 'sort': 97.0,
     'sums': 99.0, 'copy': 97.0, 'reverse': 97.0, 'increment': 97.0,
@@ -261,6 +262,7 @@ def test_claims_compare_with_points_that_keep_as_much():
   'change, message',
   [
     ({'arms': ('svd',)}, 'must have kfac'),
+    ({'operating_points': {}}, 'operating_points has nothing of'),
     ({'seed': 0}, 'nothing can be claimed of'),
     ({'operating_points.kfac': (7, 0.1)}, 'operating_points.kfac names'),
     ({'language.mix.fly': 3}, r"mix has \['fly'\]"),
@@ -271,6 +273,10 @@ def test_bad_configs_are_refused_before_work(change, message, tmp_path):
   with config.unlocked():
     if 'language.mix.fly' in change:
       config.language.mix.fly = change.pop('language.mix.fly')
+    if not change.get('operating_points', True):
+      change.clear()
+      for arm in config.arms:
+        del config.operating_points[arm]
     config.update_from_flattened_dict(change)
   with pytest.raises(ValueError, match=message):
     memorization.run(config, tmp_path / 'run')
@@ -295,7 +301,10 @@ def test_smoke_runs_and_resumes(tmp_path):
   config = get_config('lm-smoke')
   memorization.run(config, tmp_path)
   figures = {p.stem for p in (tmp_path / 'figures').iterdir()}
-  assert figures == {'frontier', 'retention', 'order', 'recitation', 'left_out'}
+  assert figures == {
+    'frontier', 'retention', 'order', 'recitation', 'left_out', 'effects',
+    'participation', 'scores',
+  }  # fmt: skip
   results = json.loads((tmp_path / 'results.json').read_text())
   written = (tmp_path / 'claims.json').read_bytes()
   lost = {k: v for k, v in results.items() if not k.startswith('11/')}
