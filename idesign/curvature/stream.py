@@ -187,9 +187,9 @@ class FactorStream:
       )
     identity = {
       'model': training.fingerprint(params),
-      'select': list(
-        [self._select] if isinstance(self._select, str) else self._select
-      ),
+      'select': [self._select]
+      if isinstance(self._select, str)
+      else list(self._select),
       'fisher': vars(self._fisher),
       'key': training.fingerprint({'key': key}),
       'shards': self._num_shards,
@@ -204,6 +204,11 @@ class FactorStream:
     with training.Checkpointer(workdir, identity, keep=1) as checkpointer:
       if checkpointer.latest_step is not None:
         state, _ = checkpointer.restore(state)
+        if int(state.step) > num_batches:
+          raise ValueError(
+            f'{workdir} has {int(state.step)} batches in its sums, more than '
+            f'num_batches={num_batches}: choose another workdir.'
+          )
       state = self._run(
         state, params, load, num_batches, save_every,
         lambda state: save(state, checkpointer),

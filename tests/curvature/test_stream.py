@@ -155,6 +155,12 @@ def test_what_is_not_finite_is_named(layer):
     collect(params=params)
 
 
+def test_sums_of_more_batches_are_refused(tmp_path):
+  collect(workdir=tmp_path, batches=4)
+  with pytest.raises(ValueError, match='has 4 batches in its sums'):
+    collect(workdir=tmp_path, batches=2)
+
+
 def test_shards_that_do_not_divide_raise():
   with pytest.raises(ValueError, match='num_shards=3 is not a multiple'):
     script.stream(training.make_mesh(8), shards=3)
