@@ -31,6 +31,6 @@ def layer_set(at: Mapping[str, sites.Site], patterns: Sequence[str]):
   return chosen, layers
 
 
-def paths(layer_sets: Sequence[Sequence[str]]) -> list[str]:
+def layer_paths(layer_sets: Sequence[Sequence[str]]) -> list[str]:
   """Every parameter that some set names, sorted."""
   return sorted({selection.parse(p).name for s in layer_sets for p in s})

@@ -38,7 +38,7 @@ Run: see `configs/memorization.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import pathlib
 from typing import Any, NamedTuple
 
@@ -50,6 +50,7 @@ import tqdm
 from experiments import (
   contract, memorization_figures, recitation, recitation_pretrained,
 )  # fmt: skip
+from experiments.layers import layer_paths, layer_set
 from experiments.memorization_claims import CHOSEN_ON, choose, make_claims
 from experiments.memorization_world import World, make_model, make_world, train
 from idesign import curvature, sites
@@ -89,20 +90,6 @@ def measure(trained: Trained, params) -> dict[str, float]:
     'held_out': percent(right[world.split == 1]),
     'test': percent(right[world.split == 2]),
   }
-
-
-def layer_set(at, patterns: Sequence[str]):
-  """The sites and layers that patterns such as `up/kernel[0:1]` name."""
-  chosen: dict[str, sites.Site] = {}
-  layers: dict[str, list[int]] = {}
-  for text in patterns:
-    pattern = selection.parse(text)
-    site = chosen[pattern.name] = at[pattern.name]
-    if pattern.layers is not None:
-      layers.setdefault(pattern.name, []).extend(
-        range(*pattern.steps(site.stack[0]))
-      )
-  return chosen, layers
 
 
 def make_edit(config, trained: Trained, arm: str, point) -> curvature.Edit:
@@ -255,9 +242,7 @@ def run(config, folder: pathlib.Path) -> None:
   )
   params = train(config, model, worlds, seeds, workdir)
 
-  paths = sorted(
-    {selection.parse(p).name for s in config.layer_sets for p in s}
-  )
+  paths = layer_paths(config.layer_sets)
   predict = jax.jit(lambda p, x: jnp.argmax(model.apply(p, x), -1))
   loss = lambda p, x: model.apply(p, x).sum(-1)
   arms = [arm for arm in FISHER if arm in config.arms]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.layers import layer_set, paths
+from experiments.layers import layer_paths, layer_set
 from experiments.recitation_measure import (
   FACTS, Exam, answer_losses, factor_rows, worst_kept,
 )  # fmt: skip
@@ -81,7 +81,7 @@ class Collector:
 
   def __init__(self, config, model: models.Model):
     self._config, self._model = config, model
-    self._paths = paths(config.layer_sets)
+    self._paths = layer_paths(config.layer_sets)
     self._readers = {}
 
   def sites(self, params) -> Mapping[str, sites.Site]:

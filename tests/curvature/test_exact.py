@@ -222,6 +222,40 @@ def test_absolute_curvature_of_sequences():
   close(half['layer_0/kernel'].mass(), 3 * alone / 2)
 
 
+@pytest.mark.parametrize('labels', ['exact', 'gold'])
+@pytest.mark.parametrize('likelihood', ['categorical', 'normal'])
+def test_what_is_masked_teaches_nothing_earlier(labels, likelihood):
+  """Where positions see those before them, to mask the last is to drop it."""
+  random = np.random.default_rng(4)
+  params = {
+    'up': jnp.asarray(random.normal(size=(D, H))),
+    'down': jnp.asarray(random.normal(size=(H, C))),
+  }
+  causal = lambda p, x: jnp.tanh(jnp.cumsum(x @ p['up'], axis=1)) @ p['down']
+  x = jnp.asarray(random.normal(size=(4, 3, D)))
+  given = {}
+  if labels == 'gold' and likelihood == 'normal':
+    given['labels'] = jnp.asarray(random.normal(size=(4, 3, C)))
+  elif labels == 'gold':
+    given['labels'] = jnp.asarray(random.integers(0, C, (4, 3)))
+  mask = jnp.ones((4, 3), bool).at[:, 2].set(False)
+  fisher = curvature.Fisher(labels=labels, likelihood=likelihood)
+  read = curvature.kfac_factors(causal, '.*', fisher)
+  masked = read(params, x, mask=mask, **given)
+  short = read(params, x[:, :2], **{k: v[:, :2] for k, v in given.items()})
+  for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(short)):
+    # Columns of the masked position are zero, and counted.
+    close(a, b)
+  v = vector_like(params)
+  product = curvature.fisher_product(causal, fisher)
+  close(
+    flat(product(params, x, v, mask=mask, **given)),
+    flat(
+      product(params, x[:, :2], v, **{k: y[:, :2] for k, y in given.items()})
+    ),
+  )
+
+
 def test_sampled_labels_converge_at_the_root_of_their_number():
   """Over 200 estimates each, four times the samples halve the error."""
   net, params = network()

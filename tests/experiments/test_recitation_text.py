@@ -1,6 +1,7 @@
 """Passages, questions and what is measured of a pretrained model."""
 
 import json
+import os
 import pathlib
 import types
 
@@ -12,8 +13,10 @@ import pytest
 from experiments import recitation_exam as exam_lib
 from experiments import recitation_text as text
 from idesign import models
+from idesign import training
 
-DATA = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
+BESIDE = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
+DATA = pathlib.Path(os.environ.get('IDESIGN_DATA', BESIDE))
 LETTERS = 'abcdefghijklmnopqrstuvwxyz ?:\n()ABC.'
 
 
@@ -187,11 +190,9 @@ def test_phrases_are_what_is_said_often():
     )  # fmt: skip
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason='no data beside the repository')
+@pytest.mark.skipif(not DATA.is_dir(), reason='set IDESIGN_DATA to the data')
 def test_the_published_files_are_read():
   folder = DATA / 'memorization_olmo'
-  from idesign import training
-
   tokenizer = training.load_tokenizer(
     DATA / 'lm_stories260K' / 'hf' / 'tokenizer.json'
   )
