@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import json
 import pathlib
+import time
 from typing import Any
 
 from absl import app
@@ -14,6 +15,25 @@ from experiments.contract import write_text
 
 _REPEATS = flags.DEFINE_integer('repeats', 7, 'Timed repeats of each program.')
 _OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
+
+
+def interleaved(
+  calls: Mapping[str, Callable[[], Any]], repeats: int
+) -> dict[str, list[float]]:
+  """Seconds of every call, in turn, so that all see the same machine.
+
+  Args:
+    calls: by name; they return when everything is computed.
+    repeats: that count; one more, the first, warms up.
+  """
+  times: dict[str, list[float]] = {name: [] for name in calls}
+  for repeat in range(repeats + 1):
+    for name, call in calls.items():
+      start = time.perf_counter()
+      call()
+      if repeat:
+        times[name].append(time.perf_counter() - start)
+  return times
 
 
 def run(

@@ -27,13 +27,13 @@ from collections.abc import Callable
 import functools
 import os
 import statistics as stats
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.benchmarks import command
 from experiments.benchmarks.subject import (
   D_MODEL,
   PROJECTIONS,
@@ -202,13 +202,15 @@ def measure(
   """Times every program; see the module's docstring."""
   compiled: dict[str, tuple[Callable[..., Any], Any]]
   compiled = programs(batch, time_, layers)
-  times: dict[str, list[float]] = {name: [] for name in compiled}
-  for repeat in range(repeats + 1):
-    for name, (f, arguments) in compiled.items():
-      start = time.perf_counter()
-      jax.block_until_ready(f(*arguments))
-      if repeat:  # The first one warms up.
-        times[name].append(time.perf_counter() - start)
+  times = command.interleaved(
+    {
+      name: lambda f=f, arguments=arguments: jax.block_until_ready(
+        f(*arguments)
+      )
+      for name, (f, arguments) in compiled.items()
+    },
+    repeats,
+  )
   rows = {}
   for name, (f, _) in compiled.items():
     base, target = TARGETS.get(name, (name, None))

@@ -25,7 +25,7 @@ A Gauss-Newton product has to run the tangent through the model, two products
 for each of the forward pass (of the weight and the tangent of its input, of the
 weight's tangent and the input), and a backward pass with both of its products:
 5/3 of a gradient, of which no implementation is rid. The target, 1.3, is below
-that, and fails.
+that.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ import os
 import statistics as stats
 import subprocess
 import sys
-import time
 from typing import Any
 
 from absl import flags
@@ -44,6 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks import command
 from experiments.benchmarks.subject import (
   PROJECTIONS,
   VOCAB,
@@ -163,13 +163,7 @@ def measure(
   if _SCALING.value:
     return {'scaling': count(batch, time_, layers)}
   calls = programs(batch, time_, layers)
-  times: dict[str, list[float]] = {name: [] for name in calls}
-  for repeat in range(repeats + 1):
-    for name, call in calls.items():
-      start = time.perf_counter()
-      call()
-      if repeat:  # The first one warms up.
-        times[name].append(time.perf_counter() - start)
+  times = command.interleaved(calls, repeats)
   rows = {}
   for name in calls:
     base, target = TARGETS.get(name, (name, None))

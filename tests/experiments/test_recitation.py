@@ -1,8 +1,8 @@
 """The small language, what is measured of it, its rule of choice, and smoke."""
 
-import importlib.util
 import json
 import pathlib
+import runpy
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +18,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def get_config(preset):
-  spec = importlib.util.spec_from_file_location(
-    'config', ROOT / 'configs' / 'memorization.py'
-  )
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(preset)
+  made = runpy.run_path(str(ROOT / 'configs' / 'memorization.py'))
+  return made['get_config'](preset)
 
 
 CONFIG = get_config('lm-choose').language
