@@ -12,6 +12,15 @@ os.environ['XLA_FLAGS'] = (
 )
 
 import jax  # pylint: disable=g-import-not-at-top
+import pytest  # pylint: disable=g-import-not-at-top
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_disable_most_optimizations', True)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+  """Each compiled program holds memory maps, of which Linux gives a process
+  65,530; the programs of the whole suite are more than that."""
+  yield
+  jax.clear_caches()
