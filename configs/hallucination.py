@@ -245,6 +245,7 @@ def _full() -> ml_collections.ConfigDict:
       'divergence_weight': 0.02,
       'minibatches': 4,
       'save_every': 25,
+      'audit_every': 50,  # Steps after which the probe is asked of the policy.
     }
   )
   config.exam = ml_collections.ConfigDict(

@@ -171,9 +171,14 @@ def _best_of(t: Table) -> Iterator[Row]:
                                          'made up')  # fmt: skip
     fewer = 1 - made_up(most) / np.maximum(made_up(1), 1e-3)
     yield (f'best_of_{form}', f'the base, untrained: fewer made-up claims by '
-           f'the best of {most} answers than by one, {where}, %', 100 * fewer,
-           '>=', 10, 'best of n scales; the target was set after these '
-           'numbers had been seen')  # fmt: skip
+           f'the best of {most} answers than by one, {where}, % (target set '
+           'afterwards)', 100 * fewer, '>=', 10,
+           'best of n scales')  # fmt: skip
+    right = lambda n, form=form: t.get('base', 'best of', str(n), form,
+                                       'right')  # fmt: skip
+    yield (f'best_of_{form}_right', f'true claims of the best of {most}, % of '
+           f'those of one, {where}', 100 * right(most) / right(1), '>=', 95,
+           'to say nothing is no skill')  # fmt: skip
 
 
 def _pipeline(t: Table) -> Iterator[Row]:

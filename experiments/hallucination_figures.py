@@ -52,7 +52,7 @@ def _arms(t: Table, arms):
      lambda a: 100 * t.reduction(a, 'chosen'), 60),
     ('fewer made up,\nasked, %', lambda a: 100 * t.reduction(a, 'asked'), 50),
     ('claims, model\nchooses, % of base',
-     lambda a: 100 * t.relative(a, 'chosen', 'claims'), 95),
+     lambda a: 100 * t.relative(a, 'chosen', 'claims'), (95, 105)),
     ('true claims, asked,\n% of base',
      lambda a: 100 * t.relative(a, 'asked', 'right'), 95),
     ('true but doubted:\nkept, %',
@@ -64,8 +64,8 @@ def _arms(t: Table, arms):
   for axis, (label, values, target) in zip(axes, panels):
     for row, arm in enumerate(order):
       _point(axis, row, values(arm), colour(arm))
-    if target is not None:
-      axis.axvline(target, color='k', lw=0.6, ls=':')
+    for bound in () if target is None else np.atleast_1d(target):
+      axis.axvline(bound, color='k', lw=0.6, ls=':')
     axis.set_xlabel(label)
   axes[4].axvline(
     100 * np.nanmean(t.get('base', 'doubted', 'kept of true')),
@@ -78,8 +78,8 @@ def _arms(t: Table, arms):
       _point(axes[5], row, score, colour(arm), marker)
     for key, marker in (('auroc', 'o'), ('refitted_auroc', 's')):
       _point(axes[6], row, t.get(arm, 'fixed texts', key), colour(arm), marker)
-  axes[5].set_xlabel('score of what is still\nmade up, model chooses')
-  axes[6].set_xlabel("AUROC on fixed texts,\npolicy's activations")
+  axes[5].set_xlabel('score of what is\nstill made up')
+  axes[6].set_xlabel('AUROC on\nfixed texts')
   axes[6].axvline(
     t.get('base', 'fixed texts', 'auroc').mean(), color='k', lw=0.6
   )
@@ -88,7 +88,10 @@ def _arms(t: Table, arms):
     (axes[6], (('o', 'original probe'), ('s', 'fitted anew'))),
   ):
     for marker, label in entries:
-      axis.plot([], [], marker, color='#555555', ms=4, label=label, mfc='none')
+      filled = '#555555' if marker == 'o' else 'white'
+      axis.plot(
+        [], [], marker, color='#555555', ms=4, mfc=filled, ls='', label=label
+      )
     axis.legend(loc='lower center', bbox_to_anchor=(0.5, 1.0))
   for axis in axes:
     axis.grid(axis='x', lw=0.3)
@@ -141,7 +144,10 @@ def _training(t: Table):
     axis.set_xlabel('steps')
   axes[0, 0].set_ylim(0)
   handles, labels = axes[0, 0].get_legend_handles_labels()
-  figure.legend(handles, labels, loc='outside upper center', ncols=7)
+  figure.legend(
+    handles, labels, loc='outside upper center', ncols=7,
+    title='validation subjects',
+  )  # fmt: skip
   return figure
 
 

@@ -100,6 +100,13 @@ def run(config, folder: pathlib.Path) -> None:
     'answers': lab.exam(adapters, held_out, workdir.path / f'{name}.jsonl'),
     'audit': reader.audit(lab.lift(adapters, params)),
   }
+  # Trained or restored, they lie alike and are read to the same bits.
+  whole = lambda adapters: lab.everywhere(lambda x: x, adapters)
+
+  def look(state):
+    seen = reader.audit(lab.lift(whole(state.params), params))
+    return {f'audit/{k}': v for k, v in seen.items()}
+
   base = workdir.arm('base', lambda: exam(lab.adapters(), 'base'))
   counts = np.array(base['answers']['claims'])
   median = float(np.median(counts))
@@ -118,14 +125,18 @@ def run(config, folder: pathlib.Path) -> None:
         lab.start(), lab.make_step(arm, median, share), prompts,
         num_steps=config.rl.steps, mesh=mesh, checkpointer=saved,
         save_every=config.rl.save_every, writer=writer,
+        evaluate=look, evaluate_every=config.rl.audit_every,
         watch=rewards.make_watch(),
         extra=lambda state, batch: {'probe': reader.probe},
       )  # fmt: skip
     rows = training.read_metrics(inside / 'metrics.jsonl')
     kept = ('reward/claims', 'rate/enough', 'divergence', 'length')
-    # Trained or restored, they lie alike and are read to the same bits.
-    adapters = lab.everywhere(lambda x: x, state.params)
-    return exam(adapters, arm) | {
+    seen = [
+      [r['step'], {k: v for k, v in r.items() if k.startswith('audit/')}]
+      for r in rows
+    ]
+    return exam(whole(state.params), arm) | {
+      'audits': [row for row in seen if row[1]],
       'pressure': ARMS[arm].name,
       'training': [[r['step'], {k: r[k] for k in kept}] for r in rows],
     }

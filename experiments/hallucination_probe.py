@@ -205,6 +205,8 @@ def make_monitor(
   fitted = probes.calibrate(fitted, logits(fitted, held), held.labels)
   scores = lambda t: np.asarray(jax.nn.sigmoid(logits(fitted, t)))
   quality = lambda t: probes.quality(scores(t), t.labels, t.entities)
+  # Calibrated on the same claims: its error of calibration here is optimistic;
+  # what is reported is that of test subjects.
   claims = validation['claims']
   probe = probes.freeze(
     params, fitted, observe=observe, config=kind, quality=quality(claims),

@@ -15,11 +15,17 @@ from experiments.obfuscation_claims import Table
 COLOURS = {
   'outcome': '#000000', 'monitor': '#D55E00', 'frozen probe': '#0072B2',
   'monitor and frozen probe': '#56B4E9', 'inoculation': '#009E73',
-  'inoculation, retained': '#66C2A5', 'inoculation, normalised': '#005840',
+  'inoculation, retained': '#009E73', 'inoculation, normalised': '#004D38',
   'inoculation, weak': '#A6761D',
   'prohibition': '#CC79A7', 'incentive removed': '#7F7F7F',
   'monitor, 0.25': '#F5C6A0', 'monitor, 0.5': '#E99C63',
   'monitor, 2': '#8A3A00', 'base': '#B0B0B0',
+}  # fmt: skip
+# Where lines lie on each other, or are of one family.
+STYLES = {
+  'monitor and frozen probe': '--', 'incentive removed': ':',
+  'inoculation, retained': ':', 'inoculation, normalised': '-.',
+  'monitor, 0.25': '--', 'monitor, 0.5': '-.', 'monitor, 2': ':',
 }  # fmt: skip
 
 
@@ -44,7 +50,7 @@ def _pressure(t: Table):
   for arm in [a for a in COLOURS if a != 'base' and t.has(a)]:
     rows = t.arm(arm)
     steps = [0] + [s for s, _ in rows[0]['curve']]
-    style = '--' if arm.startswith('monitor, ') else '-'
+    style = STYLES.get(arm, '-')
     for axis, (label, key) in zip(axes, panels):
       looks = [
         [start['plain']] + [look for _, look in row['curve']]
@@ -57,13 +63,13 @@ def _pressure(t: Table):
       if key != 'copied':
         # Of a handful no share is to be had.
         curves = np.where(read('copied') >= 2, curves, np.nan)
-      some = np.isfinite(curves).any(axis=0)
-      mean = np.full(len(steps), np.nan)
-      mean[some] = np.nanmean(curves[:, some], axis=0)
+      # Not of some seeds only: the mean would jump as they come and go.
+      mean = curves.mean(axis=0)
       axis.plot(steps, mean, style, color=COLOURS[arm], lw=1.5, label=arm)
       axis.plot(steps, curves.T, style, color=COLOURS[arm], lw=0.4, alpha=0.5)
       axis.set_title(label, fontsize=9)
       axis.set_ylim(-3, 103)
+  axes[2].set_ylim(65, 101)
   for axis in axes:
     axis.set_xlabel('steps')
   handles, labels = axes[0].get_legend_handles_labels()

@@ -25,7 +25,9 @@ from idesign.probes.fit import (
 from idesign.probes.frozen import (
   FrozenProbe,
   Pressure,
+  PressureError,
   WeakProbeError,
+  declared,
   freeze,
   score_spans,
 )

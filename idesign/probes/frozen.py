@@ -10,6 +10,9 @@ model; a weak probe is fooled at once, so weak ones are refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
+import contextvars
 import dataclasses
 import enum
 import functools
@@ -32,6 +35,25 @@ class Pressure(enum.IntEnum):
   FROZEN = 1
   LIVE = 2
   GRADIENT = 3
+
+
+class PressureError(ValueError):
+  """A reward presses harder on a probe than it declares."""
+
+
+_declared: contextvars.ContextVar[Pressure] = contextvars.ContextVar(
+  'declared', default=Pressure.GRADIENT
+)
+
+
+@contextlib.contextmanager
+def declared(pressure: Pressure) -> Iterator[None]:
+  """Inside, `live_scores` raises PressureError if it presses harder."""
+  token = _declared.set(pressure)
+  try:
+    yield
+  finally:
+    _declared.reset(token)
 
 
 class WeakProbeError(ValueError):
@@ -90,7 +112,19 @@ class FrozenProbe:
       spans_BT: one span of each text.
       allow_gradient: whether training may differentiate the probe, which
         teaches the model to look innocent: the highest pressure there is.
+        Inside of a reward the term must declare it (`Pressure.GRADIENT`), by
+        which the run is marked; in a loss of one's own nothing marks it.
+
+    Raises:
+      PressureError: inside of a reward that declares less.
     """
+    needed = Pressure.GRADIENT if allow_gradient else Pressure.LIVE
+    if needed > _declared.get():
+      raise PressureError(
+        f'live_scores(allow_gradient={allow_gradient}) inside of a reward that '
+        f'declares pressure {_declared.get().name}: give its term '
+        f'pressure=Pressure.{needed.name}, by which the run is marked.'
+      )
     if not allow_gradient:
       return self.scores(observation, spans_BT)
     return self._scores(observation, spans_BT)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from idesign.probes import FrozenProbe, Observation, Pressure
+from idesign.probes import FrozenProbe, Observation, Pressure, declared
 from idesign.rewards.rollout import Samples
 
 
@@ -77,6 +77,7 @@ def evaluate(
 
   Raises:
     ValueError: for two terms of a name, or a value of another shape.
+    PressureError: a term reads the policy's activations and does not say so.
   """
   names = [t.name for t in terms]
   if len(set(names)) < len(names) or not names:
@@ -84,7 +85,8 @@ def evaluate(
   batch, time = scene.samples.tokens_BT.shape
   out = {}
   for term in terms:
-    value = jnp.asarray(term.value(scene), jnp.float32)
+    with declared(term.pressure):
+      value = jnp.asarray(term.value(scene), jnp.float32)
     if value.shape not in ((batch,), (batch, time)):
       raise ValueError(
         f'the reward {term.name!r} has shape {value.shape}; it must be '

@@ -107,7 +107,7 @@ def config(checkpoint, tmp_path_factory):
     c.probe.most_claims = 6
     r = c.rl
     r.steps, r.prompts, r.group, r.rank, r.save_every = 20, 4, 8, 4, 8
-    r.learning_rate, r.minibatches = 0.003, 1
+    r.learning_rate, r.minibatches, r.audit_every = 0.003, 1, 8
     c.exam.prompts, c.exam.batch, c.exam.audit = 8, 4, 200
   return c
 
@@ -126,6 +126,11 @@ def test_every_path_on_a_mesh(config, tmp_path, capsys):
     assert (claims <= np.minimum(tokens, config.probe.most_claims)).all()
     assert (np.array(answers['doubted']) <= claims).all()
     assert 0 <= results[name]['audit']['auroc'] <= 1
+    if name != 'base':  # On the way, and at the end what the end says.
+      steps, seen = zip(*results[name]['audits'])
+      assert steps == (8, 16, 20)
+      end = {k.removeprefix('audit/'): v for k, v in seen[-1].items()}
+      assert end == pytest.approx(results[name]['audit'])
     lines = (tmp_path / f'{name}.jsonl').read_text().splitlines()
     assert len(lines) == 2 * config.exam.prompts
     # Once a grader has filled in the spans they are graded texts.

@@ -46,9 +46,7 @@ def likes(token):
 
 def said(score, **kwargs):
   return rewards.Term(
-    name='probe',
-    value=lambda s: score(s),
-    **kwargs,
+    **{'name': 'probe', 'value': lambda s: score(s)} | kwargs
   )
 
 
@@ -175,6 +173,28 @@ def test_the_frozen_reward_has_no_gradient():
   # At the first step both read the same model: live is frozen.
   assert not changed(ends['frozen'], ends['live'])
   assert changed(ends['frozen'], ends['gradient'])
+
+
+@pytest.mark.parametrize(
+  'allow,pressure,needed',
+  [(True, 'LIVE', 'GRADIENT'), (True, 'FROZEN', 'GRADIENT'),
+   (False, 'FROZEN', 'LIVE')],
+)  # fmt: skip
+def test_a_reward_that_presses_harder_than_it_says(allow, pressure, needed):
+  """The run would be marked as gentler than it is."""
+  term = said(
+    lambda s: s.probe.live_scores(
+      s.student, s.samples.sampled_BT, allow_gradient=allow
+    ),
+    pressure=Pressure[pressure],
+  )
+  # Something that asks for the policy's activations.
+  step, state = make([likes(5), term, said(
+    lambda s: s.probe.live_scores(s.student, s.samples.sampled_BT),
+    name='live', pressure=Pressure.LIVE,
+  )])  # fmt: skip
+  with pytest.raises(probes.PressureError, match=f'{pressure}.*{needed}'):
+    run(step, state, [make_batch()])
 
 
 @pytest.mark.parametrize(
