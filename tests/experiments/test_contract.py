@@ -221,6 +221,9 @@ def test_the_readme_shows_the_committed_claims():
     ('memorization', memorization_claims.make_claims, 'mlp-paper'),
     ('memorization-vit', memorization_claims.make_claims, 'vit-paper'),
     ('hallucination', hallucination_claims.make_claims, 'paper'),
+    (
+      'hallucination-facts', hallucination_claims.make_claims, 'facts-paper',
+    ),
     ('pirate', pirate_claims.make_claims, 'separable-paper'),
     ('pirate-entangled', pirate_claims.make_claims, 'entangled-paper'),
     ('obfuscation', obfuscation_claims.make_claims, 'paper'),

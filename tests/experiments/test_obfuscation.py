@@ -204,7 +204,13 @@ def test_claims():
   assert verdicts(monitor=row(50, seen=5)) == {'monitor_copied'}
   # Nothing is copied: nothing is hidden.
   assert 'monitor_seen' in verdicts(monitor=row(0, seen=None))
-  assert verdicts(inoculation=row(30)) == {'inoculation_copied'}
+  assert verdicts(inoculation=row(30)) == {
+    'inoculation_copied', 'inoculation_over_base'
+  }  # fmt: skip
+  assert verdicts(base=row(1.5)) == {
+    'frozen_probe_over_base', 'inoculation_over_base',
+    'inoculation_retained_over_base',
+  }  # fmt: skip
   assert verdicts(**{'inoculation, weak': row(7)}) == {
     'inoculation_weak_copied'
   }
@@ -212,8 +218,8 @@ def test_claims():
   assert verdicts(inoculation=forgot) == {'inoculation_allowed'}
   assert verdicts(base=row(10, seen=80)) == {'base_seen'}
   assert verdicts(**{'incentive removed': row(15)}) == {
-    'incentive_removed_copied'
-  }
+    'incentive_removed_copied', 'incentive_removed_over_base'
+  }  # fmt: skip
 
 
 @pytest.mark.parametrize('preset', config_lib.PRESETS)

@@ -10,8 +10,9 @@ bound: the largest difference relative to the largest value.
 
 Where definitions differ ours are given theirs: `epsilon_high` of CISPO is the
 cap itself there and one more than ours; 1e-4 is added to deviations.
-Not compared: `scale_rewards='batch'`, the deviation of raw rewards there and of
-what is left after the baseline here.
+GRPO's `scale_rewards='batch'`, the deviation of raw rewards, is not ours, which
+is that of what is left after the baseline, as in RLOO's `normalize_advantages`.
+RLOO's ratios are of whole samples: gradients are compared where they are 1.
 """
 
 import json
@@ -33,6 +34,8 @@ LOSSES = {
   'dapo': (rewards.clipped(0.2, 0.28), 'token', 'group'),
   'cispo': (rewards.cispo(1.0, 0.05), 'token', 'none'),
 }
+# Name -> scale of advantages, over the samples' siblings.
+RLOO = {'rloo': 'none', 'rloo_batch': 'batch'}
 NEW, GROUP = 6, 4
 
 
@@ -69,25 +72,43 @@ def compare_loss(name: str, logged) -> dict[str, float]:
   }
 
 
+def compare_rloo(logged) -> dict[str, float]:
+  """On policy; theirs is a mean over samples of the sum over tokens."""
+  mask = jnp.asarray(logged['mask'])
+  advantages = jnp.broadcast_to(logged['advantages'][:, None], mask.shape)
+
+  def loss(logps):
+    tokens = rewards.reinforce(4.0)(logps, logged['old'], advantages)
+    mean = rewards.mean_loss(tokens, mask, average='constant')
+    return mask.shape[1] * mean
+
+  gradient = jax.grad(loss)(jnp.asarray(logged['logps']))
+  return {'gradient': difference(gradient, logged['gradient'])}
+
+
 def compare(folder: pathlib.Path, report: pathlib.Path) -> bool:
   rows: dict[str, dict[str, float]] = {}
-  for name, (_, _, scale) in LOSSES.items():
+  scales = {name: scale for name, (_, _, scale) in LOSSES.items()} | RLOO
+  for name, scale in scales.items():
     row = {
       'advantages': 0.0,
       'loss': 0.0,
       'gradient': 0.0,
       'largest_ratio': 0.0,
     }
-    for path in sorted(folder.glob(f'{name}-*.npz')):
+    for path in sorted(folder.glob(f'{name}-[0-9]*.npz')):
       logged = dict(np.load(path))
       if path.stem.endswith('advantages'):
         ours = rewards.advantages(
-          jnp.asarray(logged['rewards']).reshape(-1, GROUP), baseline='mean',
+          jnp.asarray(logged['rewards']).reshape(-1, GROUP),
+          baseline='leave_one_out' if name in RLOO else 'mean',
           scale=scale, eps=1e-4,
         )  # fmt: skip
         got = {'advantages': difference(
           ours.values_PG.reshape(-1), logged['advantages']
         )}  # fmt: skip
+      elif name in RLOO:
+        got = compare_rloo(logged)
       else:
         got = compare_loss(name, logged)
       row |= {k: max(v, row[k]) for k, v in got.items()}

@@ -6,7 +6,9 @@ For each loss a real `GRPOTrainer` makes two updates from each batch of samples
 (in the second the policy is no longer what was sampled from) on a tiny random
 model; what goes into the loss, the loss, and its gradient with respect to the
 log-probabilities are written to `FOLDER/NAME-STEP.npz`, rewards and advantages
-to `FOLDER/NAME-advantages.npz`. The environment has this library, too, so that
+to `FOLDER/NAME-STEP-advantages.npz`. An `RLOOTrainer` makes one update from
+each batch, as its ratios are of whole samples and ours of tokens: they agree
+where they are 1. The environment has this library, too, so that
 `experiments.benchmarks.policy` measures both in one process.
 """
 
@@ -36,8 +38,14 @@ LOSSES = {
 }  # fmt: skip
 
 
-class Logged(trl.GRPOTrainer):
-  """Writes down what its formulas are given, and what they make of it."""
+RLOO = {
+  'rloo': {'normalize_advantages': False},
+  'rloo_batch': {'normalize_advantages': True},
+}
+
+
+class Logs:
+  """Writes down what a trainer's formulas are given, and make of it."""
 
   folder: pathlib.Path
   name: str
@@ -65,16 +73,33 @@ class Logged(trl.GRPOTrainer):
     (gradient,) = torch.autograd.grad(loss, self.logps, retain_graph=True)
     logps = self.logps.detach()
     old = inputs.get('old_per_token_logps')
+    reference = inputs.get('ref_per_token_logps')  # RLOO has it in the reward.
     np.savez(
       self.folder / f'{self.name}-{self.steps}.npz',
       logps=logps.numpy(), old=(logps if old is None else old).numpy(),
-      reference=inputs['ref_per_token_logps'].numpy(),
+      reference=(logps if reference is None else reference).numpy(),
       mask=inputs['completion_mask'].bool().numpy(),
       advantages=inputs['advantages'].numpy(), loss=loss.item(),
       gradient=gradient.numpy(), beta=self.beta,
     )  # fmt: skip
     self.steps += 1
     return loss
+
+
+class LoggedGRPO(Logs, trl.GRPOTrainer):
+  pass
+
+
+class LoggedRLOO(Logs, trl.RLOOTrainer):
+  pass
+
+
+def reward(completion_ids, **kwargs):
+  """Of some token and of length; and of all, so that no two are alike."""
+  return [
+    float(np.sum(np.asarray(ids) == 7) + 0.1 * len(ids) + 1e-3 * np.sum(ids))
+    for ids in completion_ids
+  ]
 
 
 def log(folder: pathlib.Path, name: str) -> None:
@@ -92,21 +117,23 @@ def log(folder: pathlib.Path, name: str) -> None:
   # By its folder: the reference model is read from there.
   start = folder / f'{name}-model'
   transformers.LlamaForCausalLM(config).save_pretrained(start)
-  trainer = Logged(
-    model=str(start),
-    reward_funcs=lambda completion_ids, **kw: [
-      float(np.sum(np.asarray(ids) == 7) + 0.1 * len(ids))
-      for ids in completion_ids
-    ],
-    args=trl.GRPOConfig(
-      output_dir=str(folder / name), use_cpu=True, report_to='none', bf16=False,
-      per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
-      gradient_accumulation_steps=1, max_completion_length=NEW,
-      max_steps=STEPS, num_iterations=2, beta=0.1, learning_rate=0.05,
-      lr_scheduler_type='constant',
-      save_strategy='no', logging_strategy='no', disable_tqdm=True,
-      temperature=1.0, gradient_checkpointing=False, **LOSSES[name],
-    ),
+  shared = {
+    'output_dir': str(folder / name), 'use_cpu': True, 'report_to': 'none',
+    'bf16': False, 'per_device_train_batch_size': PROMPTS * GROUP,
+    'num_generations': GROUP, 'gradient_accumulation_steps': 1,
+    'max_completion_length': NEW, 'max_steps': STEPS, 'learning_rate': 0.05,
+    'lr_scheduler_type': 'constant', 'save_strategy': 'no',
+    'logging_strategy': 'no', 'disable_tqdm': True, 'temperature': 1.0,
+    'gradient_checkpointing': False,
+  }  # fmt: skip
+  if name in RLOO:
+    kind = LoggedRLOO
+    args = trl.RLOOConfig(**shared, beta=0.0, num_iterations=1, **RLOO[name])
+  else:
+    kind = LoggedGRPO
+    args = trl.GRPOConfig(**shared, beta=0.1, num_iterations=2, **LOSSES[name])
+  trainer = kind(
+    model=str(start), reward_funcs=reward, args=args,
     train_dataset=datasets.Dataset.from_dict({'prompt': text}),
     processing_class=make_tokenizer(VOCAB),
   )  # fmt: skip
@@ -115,7 +142,7 @@ def log(folder: pathlib.Path, name: str) -> None:
 
 
 def main(folder: pathlib.Path) -> None:
-  for name in LOSSES:
+  for name in (*LOSSES, *RLOO):
     log(folder, name)
   result = benchmark.measure((1, 8), 7)
   versions = {
