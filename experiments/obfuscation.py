@@ -14,6 +14,10 @@ Inoculation works as far as the instruction brings about what would be learned.
 Two arms show its limits: an instruction that fewer follow, and steps that are
 as large however little is left to learn.
 
+What is done is known of every answer here, so the exams on the way are of
+behaviour, with the frozen probe's score. What becomes of a probe read on the
+policy is the hallucination experiment's question (`rewards.make_monitor`).
+
 Run: see `configs/obfuscation.py`.
 """
 
