@@ -90,12 +90,7 @@ def compare(folder: pathlib.Path, report: pathlib.Path) -> bool:
   rows: dict[str, dict[str, float]] = {}
   scales = {name: scale for name, (_, _, scale) in LOSSES.items()} | RLOO
   for name, scale in scales.items():
-    row = {
-      'advantages': 0.0,
-      'loss': 0.0,
-      'gradient': 0.0,
-      'largest_ratio': 0.0,
-    }
+    row: dict[str, float] = {}
     for path in sorted(folder.glob(f'{name}-[0-9]*.npz')):
       logged = dict(np.load(path))
       if path.stem.endswith('advantages'):
@@ -111,7 +106,7 @@ def compare(folder: pathlib.Path, report: pathlib.Path) -> bool:
         got = compare_rloo(logged)
       else:
         got = compare_loss(name, logged)
-      row |= {k: max(v, row[k]) for k, v in got.items()}
+      row |= {k: max(v, row.get(k, 0.0)) for k, v in got.items()}
     rows[name] = row
   worst = max(
     v for r in rows.values() for k, v in r.items() if k != 'largest_ratio'
