@@ -143,6 +143,11 @@ def run(config, folder: pathlib.Path) -> None:
   if config.preset == 'full':
     hallucination_full.run(config, folder)
     return
+  if config.arms not in PRESETS:
+    raise ValueError(
+      f'config.arms={config.arms!r} is no set of arms; there are '
+      f'{sorted(PRESETS)}.'
+    )
   seeds = contract.reported_seeds(config, CHOSEN_ON)
   worlds = [make_world(config, seed) for seed in seeds]
   data = [a for w in worlds for a in (w.true, w.status, *w.groups)]

@@ -23,7 +23,9 @@ import numpy as np
 from experiments import contract, hallucination_full_figures
 from experiments.hallucination_full_claims import make_claims
 from experiments.hallucination_full_lab import ARMS, Lab, Prompts
-from experiments.hallucination_full_probe import Reader, fit_reader
+from experiments.hallucination_full_probe import (
+  Reader, fit_reader, make_observe,
+)  # fmt: skip
 from experiments.hallucination_text import (
   Asked, Chat, read_graded, read_prompts,
 )  # fmt: skip
@@ -81,6 +83,7 @@ def run(config, folder: pathlib.Path) -> None:
   held_out, asked = asked.rows(order[:held]), asked.rows(order[held:])
   mesh = training.make_mesh(config.mesh.data, config.mesh.model)
   model, params = load(config, mesh)
+  make_observe(config, model)  # An error now, not when there is a workdir.
   workdir = contract.Workdir(
     folder,
     config,

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from experiments import contract
 from experiments.hallucination_text import LABELS, Graded
-from idesign import probes, rewards
+from idesign import probes, rewards, sites
 from idesign.probes import Observation
 from idesign.probes.spans import OUTSIDE
 
@@ -53,6 +53,25 @@ class Reader:
     return probes.span_masks(tags_BT, self.most)
 
 
+def make_observe(config, model) -> probes.Observe:
+  """What the probe reads.
+
+  Raises:
+    ValueError: the model has no such activations.
+  """
+  observe = probes.observer(model.apply, list(config.probe.activations))
+  try:
+    jax.eval_shape(
+      lambda key, tokens: observe(model.init(key), tokens, tokens >= 0),
+      jax.random.key(0), np.zeros((1, 2), np.int32),
+    )  # fmt: skip
+  except sites.SelectionError as error:
+    raise ValueError(
+      f'config.probe.activations={tuple(config.probe.activations)}: {error}'
+    ) from error
+  return observe
+
+
 def fit_reader(
   config, model, params, graded: Graded, workdir: contract.Workdir,
   before: Callable[[Reader], None],
@@ -71,7 +90,7 @@ def fit_reader(
     WeakProbeError: with the numbers.
   """
   c = config.probe
-  observe = probes.observer(model.apply, list(c.activations))
+  observe = make_observe(config, model)
   view = jax.eval_shape(observe, params, graded.tokens[:1], graded.mask[:1])
   width = view.h_BTE.shape[-1]
   kind = probes.ProbeConfig(

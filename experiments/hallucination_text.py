@@ -51,8 +51,12 @@ class Chat:
         f'{folder!r} is no folder: --config.model.path is that of an instruct '
         'model, as transformers writes it.'
       )
-    import transformers  # Only here: it is slow to import.
-
+    try:
+      import transformers  # Only here: it is slow to import.
+    except ImportError as error:
+      raise ImportError(
+        "A model's chat template needs transformers: pip install -e '.[real]'."
+      ) from error
     self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if not self._tokenizer.chat_template:
       raise ValueError(
@@ -243,7 +247,11 @@ def read_prompts(paths: Sequence[str], chat: Chat, length: int) -> Asked:
 def _lines(
   path: str, keys: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Objects of a JSON lines file, and where each stands."""
+  """Objects of a JSON lines file, and where each stands.
+
+  Raises:
+    FileNotFoundError: naming the key of the config, by what is read.
+  """
   file = pathlib.Path(path)
   if not path or not file.is_file():
     raise FileNotFoundError(

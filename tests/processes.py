@@ -34,7 +34,7 @@ def run_two(module: str, *arguments: str) -> list[str]:
     for index in range(2)
   ]
   try:
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
   finally:
     for process in processes:
       process.kill()

@@ -29,7 +29,12 @@ from idesign.probes.reading import Observation, Observe, in_batches
 
 
 class Pressure(enum.IntEnum):
-  """How hard training pushes against what a probe can see; worse is larger."""
+  """How hard training pushes against what a probe can see; worse is larger.
+
+  `NONE`: no probe is read. `FROZEN`: one on the frozen model (`scores`).
+  `LIVE`: one on the model that is trained, whose value counts (`live_scores`).
+  `GRADIENT`: the same, differentiated (`allow_gradient=True`).
+  """
 
   NONE = 0
   FROZEN = 1
@@ -48,12 +53,21 @@ _declared: contextvars.ContextVar[Pressure] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def declared(pressure: Pressure) -> Iterator[None]:
-  """Inside, `live_scores` raises PressureError if it presses harder."""
+  """Inside, a probe that is read with more pressure raises PressureError."""
   token = _declared.set(pressure)
   try:
     yield
   finally:
     _declared.reset(token)
+
+
+def _within(needed: Pressure, call: str) -> None:
+  if needed > _declared.get():
+    raise PressureError(
+      f'{call} inside of a reward that declares pressure '
+      f'{_declared.get().name}: give its term pressure=Pressure.{needed.name}, '
+      'by which the run is marked.'
+    )
 
 
 class WeakProbeError(ValueError):
@@ -94,7 +108,13 @@ class FrozenProbe:
   def scores(
     self, observation: Observation, spans_BT: Bool[Array, 'B T']
   ) -> Float[Array, 'B']:
-    """Probability of the label for one span of each text."""
+    """Probability of the label for one span of each text.
+
+    Raises:
+      PressureError: inside of a reward that declares no pressure.
+      ValueError: shapes do not agree.
+    """
+    _within(Pressure.FROZEN, 'scores')
     observation = jax.lax.stop_gradient(observation)
     return jax.lax.stop_gradient(self._scores(observation, spans_BT))
 
@@ -119,12 +139,7 @@ class FrozenProbe:
       PressureError: inside of a reward that declares less.
     """
     needed = Pressure.GRADIENT if allow_gradient else Pressure.LIVE
-    if needed > _declared.get():
-      raise PressureError(
-        f'live_scores(allow_gradient={allow_gradient}) inside of a reward that '
-        f'declares pressure {_declared.get().name}: give its term '
-        f'pressure=Pressure.{needed.name}, by which the run is marked.'
-      )
+    _within(needed, f'live_scores(allow_gradient={allow_gradient})')
     if not allow_gradient:
       return self.scores(observation, spans_BT)
     return self._scores(observation, spans_BT)
@@ -132,6 +147,12 @@ class FrozenProbe:
   def _scores(self, observation, spans_BT):
     if self.config.classes != 1:
       raise ValueError(f'classes={self.config.classes}: one score needs 1.')
+    texts = observation.h_BTE.shape[:2]
+    if spans_BT.shape != texts:
+      raise ValueError(
+        f'spans have shape {spans_BT.shape}; one of each text, {texts}, is '
+        'asked of the probe.'
+      )
     logits_BC = jax.vmap(
       lambda h, m: apply_probe(self.config, self.probe, h, m)
     )(observation.h_BTE, spans_BT)

@@ -35,6 +35,16 @@ Divergence = Literal['exact', 'k1', 'k3']
 class PolicyConfig:
   """How a policy is sampled and improved.
 
+  Published methods, each with its objective (`rewards.objectives`):
+
+  | method | baseline | scale | average | objective |
+  |---|---|---|---|---|
+  | RLOO | leave_one_out | none | constant | reinforce |
+  | GRPO | mean | group | sequence | clipped |
+  | Dr. GRPO | mean | none | constant | clipped |
+  | CISPO | mean | group | token | cispo |
+  | RLFR | mean | batch | constant | reinforce, cap 4 |
+
   Attributes:
     group: completions of each prompt.
     max_new_tokens: of each.
@@ -172,7 +182,14 @@ def make_policy_step(
     `informative` (share of groups whose rewards differ), `divergence`,
     `length`, `ratio` (the largest importance ratio), `loss`, `grad_norm`,
     `pressure` (the worst `Pressure` of a term: what the run does to the probe),
-    and `multiplier/NAME` and `rate/NAME` of each constraint.
+    and `multiplier/NAME` (after the step) and `rate/NAME` (of its samples) of
+    each constraint. `reward` is what is learned from, with weights, constraints
+    and, as `k1`, the divergence; `reward/NAME` is weighted.
+
+  Raises:
+    ValueError: at the first step: `prompts` or `mask` is missing, the state was
+      made with other constraints, the probe reads other activations than
+      `observe` and some term reads the policy's.
   """
   lift = lift or (lambda trained, frozen: trained)
   needs_student = any(t.pressure >= Pressure.LIVE for t in terms)
@@ -230,7 +247,25 @@ def make_policy_step(
     )
     return total, {'divergence': average(apart_BT), 'ratio': jnp.exp(ratio)}
 
+  def check(state, batch, probe):
+    missing = sorted({'prompts', 'mask'} - set(batch))
+    if missing:
+      raise ValueError(f'the batch has no {missing}; it has {sorted(batch)}.')
+    mine = sorted(c.name for c in constraints)
+    theirs = sorted(state.multipliers)
+    if mine != theirs:
+      raise ValueError(
+        f'constraints of the step: {mine}, of the state: {theirs}. Give the '
+        'same ones to `init_policy` and to `make_policy_step`.'
+      )
+    if needs_student and probe.observe is not observe:
+      raise ValueError(
+        'a reward reads the policy, and `observe` is not what the probe reads '
+        'with: pass `probe.observe`.'
+      )
+
   def step(state: PolicyState, batch, probe: FrozenProbe):
+    check(state, batch, probe)
     key = jax.random.fold_in(state.key, state.step)
     sample_key, reward_key = jax.random.split(key)
     samples, info, teacher, student, reference_BTV = sample(

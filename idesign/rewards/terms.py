@@ -158,13 +158,23 @@ class RateConstraint:
 
     Where it could not happen in any sample, the multiplier stays.
     """
-    event_B = jnp.asarray(self.event(scene), bool)
+    event_B = self._true('event', self.event(scene), scene)
     among_B = jnp.ones_like(event_B)
     if self.among is not None:
-      among_B = jnp.asarray(self.among(scene), bool)
+      among_B = self._true('among', self.among(scene), scene)
     count = jnp.sum(among_B)
     rate = jnp.sum(event_B & among_B) / jnp.maximum(count, 1)
     moved = multiplier + self.gain * (rate - self.target)
     moved = jnp.clip(moved, self.low, self.high)
     moved = jnp.where(count > 0, moved, multiplier)
     return moved, -multiplier * (event_B & among_B), rate
+
+  def _true(self, what: str, value, scene: Scene) -> Array:
+    value, batch = jnp.asarray(value), len(scene.samples.tokens_BT)
+    if value.shape != (batch,) or value.dtype != bool:
+      raise ValueError(
+        f'{what} of the constraint {self.name!r} is {value.dtype}'
+        f'{list(value.shape)}; it must be true or false of each text, '
+        f'bool[{batch}].'
+      )
+    return value

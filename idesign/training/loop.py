@@ -59,9 +59,11 @@ def fit(
   and written before a checkpoint of that step is saved.
 
   Args:
-    state: from `init_state`. It is consumed: donated to the first step, or
+    state: from `init_state`, or another with a `step` (`rewards.PolicyState`).
+      It is consumed: donated to the first step, or
       deleted when a checkpoint takes its place.
-    train_step: from `make_train_step`.
+    train_step: from `make_train_step`, or another `step(state, batch, **extra)`
+      (`rewards.make_policy_step`).
     data: batches by number.
     num_steps: total number of updates, counted from the beginning of the run.
     mesh: to split batches over; None leaves them on the default device.
@@ -72,8 +74,8 @@ def fit(
     evaluate: called with the state; what it returns is written with that
       step's metrics.
     evaluate_every: call it after every so many updates, and after the last.
-    extra: `extra(state, batch)` gives keyword arguments of the optimizer for
-      the step about to be made.
+    extra: `extra(state, batch)` gives keyword arguments of the step about to be
+      made: those of the optimizer, or the frozen probe of a policy.
     watch: called with every step's number and metrics, after they are written
       and before anything of that step is saved; it may raise.
 

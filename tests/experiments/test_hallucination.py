@@ -582,7 +582,10 @@ def results(seeds=(2, 3), **changes):
         'null': [0.5],
       },
       'best of': {
-        n: {form: {'made up': made_up} for form in ('asked', 'chosen')}
+        n: {
+          form: {'made up': made_up, 'right': 0.5}
+          for form in ('asked', 'chosen')
+        }
         for n, made_up in (('1', 0.4), ('4', 0.2))
       },
     },
@@ -644,6 +647,9 @@ def test_claims_are_of_the_bounds_that_hurt():
   worse = copy.deepcopy(base)
   worse['best of']['4']['chosen']['made up'] = 0.38
   assert failing(base=worse) == {'best_of_chosen'}
+  worse = copy.deepcopy(base)
+  worse['best of']['4']['asked']['right'] = 0.45  # It says less, no more.
+  assert failing(base=worse) == {'best_of_asked_right'}
   miscounted = row(0.1, kept=0.7)
   miscounted['pipeline']['in line, 1']['recounted'] += 0.01
   assert failing(frozen=miscounted) == {'frozen_adds_up'}
