@@ -1,5 +1,6 @@
 """The step: its gradient by hand, its randomness, resuming, and devices."""
 
+import dataclasses
 import functools
 
 import jax
@@ -173,6 +174,38 @@ def test_the_frozen_reward_has_no_gradient():
   # At the first step both read the same model: live is frozen.
   assert not changed(ends['frozen'], ends['live'])
   assert changed(ends['frozen'], ends['gradient'])
+
+
+def test_what_a_step_refuses():
+  """Before anything is sampled."""
+  held = rewards.RateConstraint(
+    name='held', event=lambda s: s.samples.mask_BT[:, 0], target=0.5
+  )
+  step, state = make([likes(5)])
+  batch = make_batch()
+  lacks = {k: v for k, v in batch.items() if k != 'mask'}
+  with pytest.raises(ValueError, match=r"no \['mask'\]; it has"):
+    run(step, state, [lacks])
+  state = state._replace(multipliers={'held': jnp.zeros(())})
+  with pytest.raises(ValueError, match=r"step: \[\], of the state: \['he"):
+    run(step, state, [batch])
+  step, state = make([likes(5)], constraints=[held])
+  state = state._replace(multipliers={})
+  with pytest.raises(ValueError, match=r"of the step: \['held'\], of the st"):
+    run(step, state, [batch])
+
+
+def test_the_policy_is_seen_as_the_probe_reads():
+  live = said(
+    lambda s: s.probe.live_scores(s.student, s.samples.sampled_BT),
+    pressure=Pressure.LIVE,
+  )
+  step, state = make([live])
+  other = dataclasses.replace(
+    frozen(), observe=probes.observer(LM.apply, ['resid_post[1:2]'])
+  )
+  with pytest.raises(ValueError, match='pass `probe.observe`'):
+    step(state, make_batch(), probe=other)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,8 @@ def test_multipliers_are_bounded():
 def test_it_holds_a_rate():
   """A policy that answers to its reward settles at the target."""
   multiplier, random = jnp.zeros(()), np.random.default_rng(0)
+  texts = jax.tree.map(lambda x: jnp.repeat(x, 32, axis=0), SAMPLES)
+  scene = SCENE._replace(samples=texts)
   rates = []
   for _ in range(400):
     chance = 1 / (1 + np.exp(-(1 - 4 * float(multiplier))))
@@ -110,7 +112,7 @@ def test_it_holds_a_rate():
 
     multiplier, _, rate = rewards.RateConstraint(
       name='c', event=lambda s, e=event: e, target=0.3, gain=0.05
-    ).update(multiplier, SCENE)
+    ).update(multiplier, scene)
     rates.append(float(rate))
   assert abs(np.mean(rates[200:]) - 0.3) < 0.03
 
@@ -123,3 +125,14 @@ def test_it_holds_a_rate():
 def test_bad_constraints(kwargs, message):
   with pytest.raises(ValueError, match=message):
     constraint([True], **kwargs)
+
+
+@pytest.mark.parametrize(
+  'event,message',
+  [([1.0, 0.5], r"event of the constraint 'c' is float32\[2\]"),
+   ([[True], [False]], r'bool\[2, 1\].*bool\[2\]'),
+   ([True], r'bool\[1\].*bool\[2\]')],
+)  # fmt: skip
+def test_what_is_no_event(event, message):
+  with pytest.raises(ValueError, match=message):
+    constraint(event).update(jnp.zeros(()), SCENE)
