@@ -323,6 +323,15 @@ def test_nobody_is_tested_on_while_choosing(monkeypatch, preset):
   assert end is wanted and probe is wanted
 
 
+def test_an_unknown_set_of_arms_is_refused_before_work(tmp_path):
+  config = config_lib.get_config('smoke').copy_and_resolve_references()
+  with config.unlocked():
+    config.arms = 'frozn'
+  with pytest.raises(ValueError, match="arms='frozn' is no set.*'paper'"):
+    hallucination.run(config, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
 def fake_monitor(threshold=0.5):
   """Doubts what is false, whoever reads; `read_spans` gives it the texts."""
   return types.SimpleNamespace(

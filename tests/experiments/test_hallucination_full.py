@@ -279,3 +279,15 @@ def test_a_context_that_is_too_short(config, tmp_path):
     hallucination.run(config, tmp_path)
   with config.unlocked():
     config.lengths.completion = 8
+
+
+def test_activations_that_the_model_lacks_are_refused_before_work(
+  config, tmp_path
+):
+  bad = config.copy_and_resolve_references()
+  with bad.unlocked():
+    bad.probe.activations = ('resid_post[6:7]',)
+  message = r"probe.activations=\('resid_post\[6:7\]',\): .* has 2"
+  with pytest.raises(ValueError, match=message):
+    hallucination.run(bad, tmp_path)
+  assert not list(tmp_path.iterdir())
