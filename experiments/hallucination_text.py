@@ -146,7 +146,8 @@ def read_graded(path: str, chat: Chat, length: int) -> Graded:
       or do not align with the tokenizer; and if all claims have one label.
   """
   texts, spans, entities = [], [], []
-  for where, line in _lines(path, ('prompt', 'completion', 'entity', 'spans')):
+  keys = ('prompt', 'completion', 'entity', 'spans')
+  for where, line in _lines(path, 'graded', keys):
     if not line['completion'].strip():
       raise ValueError(f'{where}: the completion is empty.')
     before = chat.prompt(line['prompt'])
@@ -226,7 +227,7 @@ def read_prompts(paths: Sequence[str], chat: Chat, length: int) -> Asked:
   """
   rows, texts = [], []
   for path in paths:
-    for where, line in _lines(path, ('prompt',)):
+    for where, line in _lines(path, 'prompts', ('prompt',)):
       if not line['prompt'].strip():
         raise ValueError(f'{where}: the prompt is empty.')
       tokens = chat.prompt(line['prompt'])
@@ -245,17 +246,17 @@ def read_prompts(paths: Sequence[str], chat: Chat, length: int) -> Asked:
 
 
 def _lines(
-  path: str, keys: Sequence[str]
+  path: str, name: str, keys: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
   """Objects of a JSON lines file, and where each stands.
 
   Raises:
-    FileNotFoundError: naming the key of the config, by what is read.
+    FileNotFoundError: naming the key of the config that has the path.
   """
   file = pathlib.Path(path)
   if not path or not file.is_file():
     raise FileNotFoundError(
-      f'{path!r} is no file of JSON lines; see experiments/'
+      f'--config.{name}: {path!r} is no file of JSON lines; see experiments/'
       'hallucination_text.py for what it holds.'
     )
   count = 0

@@ -291,3 +291,12 @@ def test_activations_that_the_model_lacks_are_refused_before_work(
   with pytest.raises(ValueError, match=message):
     hallucination.run(bad, tmp_path)
   assert not list(tmp_path.iterdir())
+
+
+def test_the_key_of_a_missing_file_is_named(chat):
+  for name, read in (
+    ('graded', lambda: read_graded('', chat, 20)),
+    ('prompts', lambda: read_prompts(('none.jsonl',), chat, 20)),
+  ):
+    with pytest.raises(FileNotFoundError, match=f'--config.{name}: '):
+      read()
