@@ -167,17 +167,15 @@ def _best_of(t: Table) -> Iterator[Row]:
   """Without training: of several answers the one the probe doubts least."""
   most = max(map(int, t.arm('base')[0]['best of']))
   for form, where in FORMATS.items():
-    made_up = lambda n, form=form: t.get('base', 'best of', str(n), form,
-                                         'made up')  # fmt: skip
-    fewer = 1 - made_up(most) / np.maximum(made_up(1), 1e-3)
+    best = lambda n, key, form=form: t.get('base', 'best of', str(n), form, key)
+    fewer = 1 - best(most, 'made up') / np.maximum(best(1, 'made up'), 1e-3)
     yield (f'best_of_{form}', f'the base, untrained: fewer made-up claims by '
            f'the best of {most} answers than by one, {where}, % (target set '
            'afterwards)', 100 * fewer, '>=', 10,
            'best of n scales')  # fmt: skip
-    right = lambda n, form=form: t.get('base', 'best of', str(n), form,
-                                       'right')  # fmt: skip
     yield (f'best_of_{form}_right', f'true claims of the best of {most}, % of '
-           f'those of one, {where}', 100 * right(most) / right(1), '>=', 95,
+           f'those of one, {where}',
+           100 * best(most, 'right') / best(1, 'right'), '>=', 95,
            'to say nothing is no skill')  # fmt: skip
 
 

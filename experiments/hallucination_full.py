@@ -83,7 +83,7 @@ def run(config, folder: pathlib.Path) -> None:
   held_out, asked = asked.rows(order[:held]), asked.rows(order[held:])
   mesh = training.make_mesh(config.mesh.data, config.mesh.model)
   model, params = load(config, mesh)
-  make_observe(config, model)  # An error now, not when there is a workdir.
+  observe = make_observe(config, model)
   workdir = contract.Workdir(
     folder,
     config,
@@ -96,7 +96,7 @@ def run(config, folder: pathlib.Path) -> None:
     lab = Lab(config, chat, model, params, mesh, untrained)
     print(_plan(lab, asked), flush=True)
 
-  reader = fit_reader(config, model, params, graded, workdir, plan)
+  reader = fit_reader(config, observe, model, params, graded, workdir, plan)
   params = reader.probe.params  # One copy is enough.
   lab = Lab(config, chat, model, params, mesh, reader)
   exam = lambda adapters, name: {

@@ -73,13 +73,15 @@ def make_observe(config, model) -> probes.Observe:
 
 
 def fit_reader(
-  config, model, params, graded: Graded, workdir: contract.Workdir,
+  config, observe: probes.Observe, model, params, graded: Graded,
+  workdir: contract.Workdir,
   before: Callable[[Reader], None],
 ) -> Reader:  # fmt: skip
   """Fits both, or reads what an earlier run has fitted.
 
   Args:
     config: of the run.
+    observe: from `make_observe`.
     model: the base.
     params: its parameters.
     graded: what it said.
@@ -90,7 +92,6 @@ def fit_reader(
     WeakProbeError: with the numbers.
   """
   c = config.probe
-  observe = make_observe(config, model)
   view = jax.eval_shape(observe, params, graded.tokens[:1], graded.mask[:1])
   width = view.h_BTE.shape[-1]
   kind = probes.ProbeConfig(

@@ -34,3 +34,24 @@ def layer_set(at: Mapping[str, sites.Site], patterns: Sequence[str]):
 def layer_paths(layer_sets: Sequence[Sequence[str]]) -> list[str]:
   """Every parameter that some set names, sorted."""
   return sorted({selection.parse(p).name for s in layer_sets for p in s})
+
+
+def check_operating_points(config) -> None:
+  """Whether every arm of the config has a point, and its layer set exists.
+
+  Raises:
+    ValueError: naming the arms without one, or the point.
+  """
+  missing = sorted(set(config.arms) - set(config.operating_points))
+  if missing:
+    raise ValueError(
+      f'config.operating_points has nothing of {missing}: choose on seeds 0 '
+      f'and 1 (preset {config.world}-choose, which prints them) and set them.'
+    )
+  for arm in config.arms:
+    index, _ = config.operating_points[arm]
+    if not 0 <= index < len(config.layer_sets):
+      raise ValueError(
+        f'config.operating_points.{arm} names layer set {index}; there are '
+        f'{len(config.layer_sets)}.'
+      )

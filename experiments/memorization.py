@@ -50,7 +50,9 @@ import tqdm
 from experiments import (
   contract, memorization_figures, recitation, recitation_pretrained,
 )  # fmt: skip
-from experiments.layers import layer_paths, layer_set
+from experiments.layers import (
+  check_operating_points, layer_paths, layer_set,
+)  # fmt: skip
 from experiments.memorization_claims import CHOSEN_ON, choose, make_claims
 from experiments.memorization_world import World, make_model, make_world, train
 from idesign import curvature, sites
@@ -219,13 +221,7 @@ def check(config, model) -> list[int]:
       selection.match_paths(names, sites.leaf_paths(params))
     except sites.SelectionError as error:
       raise ValueError(f'config.layer_sets[{i}]: {error}') from error
-  for arm in config.arms:
-    index, _ = config.operating_points[arm]
-    if not 0 <= index < len(config.layer_sets):
-      raise ValueError(
-        f'config.operating_points.{arm} names layer set {index}; there are '
-        f'{len(config.layer_sets)}.'
-      )
+  check_operating_points(config)
   return seeds
 
 

@@ -26,6 +26,7 @@ import optax
 import tqdm
 
 from experiments import components, contract, recitation_figures
+from experiments.layers import check_operating_points
 from experiments.recitation_arms import (
   ARMS, BY_HEART, COMPONENTS, LEFT_OUT, Collector, Prepared, edit_with_sums,
   grid, make_edit, measured, prepare, run_point,
@@ -86,19 +87,7 @@ def check(config) -> list[int]:
   sizes = {arm: len(grid(config, arm)) for arm in config.arms}
   if len(set(sizes.values())) > 1:
     raise ValueError(f'config.strengths: grids differ in size, {sizes}.')
-  missing = sorted(set(config.arms) - set(config.operating_points))
-  if missing:
-    raise ValueError(
-      f'config.operating_points has nothing of {missing}: choose on seeds 0 '
-      'and 1 (preset lm-choose, which prints them) and set them.'
-    )
-  for arm in config.arms:
-    index, _ = config.operating_points[arm]
-    if not 0 <= index < len(config.layer_sets):
-      raise ValueError(
-        f'config.operating_points.{arm} names layer set {index}; there are '
-        f'{len(config.layer_sets)}.'
-      )
+  check_operating_points(config)
   return seeds
 
 

@@ -48,20 +48,12 @@ class TextExam:
       for word; `loose`: the same within a quarter of the suffix's tokens;
       `distance`: mean edit distance as a share of the suffix.
     """
-    hits, lengths, distances = [], [], []
-    for part in self._parts(passages):
-      said = np.asarray(self._predict(params, part.tokens))[:, :-1]
-      place = np.arange(1, part.tokens.shape[1])
-      inside = (place >= part.start[:, None]) & (place < part.stop[:, None])
-      right = (said == part.tokens[:, 1:]) & inside
-      hits += right.sum(1).tolist()
-      lengths += inside.sum(1).tolist()
+    hits, lengths = self._suffixes(params, passages)
+    distances = []
     for index, said in self._continuations(params, passages):
       row = passages.take(index)
       wanted = row.tokens[row.start : row.stop].tolist()
       distances.append(levenshtein(said, wanted) / len(wanted))
-    count = len(passages.tokens)
-    hits, lengths = (np.array(x[:count]) for x in (hits, lengths))
     distances = np.array(distances)
     percent = lambda x: 100 * float(np.mean(x))
     return {
@@ -75,13 +67,20 @@ class TextExam:
 
   def recited(self, params, passages: Passages) -> np.ndarray:
     """Which passages are recited strictly, `[N]`."""
-    out = []
+    hits, lengths = self._suffixes(params, passages)
+    return hits == lengths
+
+  def _suffixes(self, params, passages: Passages):
+    """Tokens of each suffix that are right, and how many it has, `[N]` each."""
+    hits, lengths = [], []
     for part in self._parts(passages):
       said = np.asarray(self._predict(params, part.tokens))[:, :-1]
       place = np.arange(1, part.tokens.shape[1])
       inside = (place >= part.start[:, None]) & (place < part.stop[:, None])
-      out += ((said == part.tokens[:, 1:]) | ~inside).all(1).tolist()
-    return np.array(out[: len(passages.tokens)])
+      hits += ((said == part.tokens[:, 1:]) & inside).sum(1).tolist()
+      lengths += inside.sum(1).tolist()
+    count = len(passages.tokens)
+    return np.array(hits[:count]), np.array(lengths[:count])
 
   def perplexity(self, params, tokens: np.ndarray) -> float:
     """`exp(total loss / total tokens)` of rows `[N, T]`.

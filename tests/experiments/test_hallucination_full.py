@@ -1,6 +1,7 @@
 """The run on a real model, with a tiny random one, on a mesh of 4 x 2."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -300,3 +301,9 @@ def test_the_key_of_a_missing_file_is_named(chat):
   ):
     with pytest.raises(FileNotFoundError, match=f'--config.{name}: '):
       read()
+
+
+def test_what_to_install_is_said(checkpoint, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'transformers', None)
+  with pytest.raises(ImportError, match=r"pip install -e '\.\[real\]'"):
+    Chat(checkpoint)

@@ -145,3 +145,29 @@ def test_nothing_to_read():
     probes.observer(LM.apply, ['mlp_in'])(
       LM.init(jax.random.key(0)), TOKENS, MASK
     )
+
+
+@pytest.mark.parametrize('at_most', list(probes.Pressure))
+def test_a_probe_is_read_with_no_more_pressure_than_is_declared(at_most):
+  frozen = make()
+  seen = frozen.read(TOKENS, MASK)
+  for needed, read in (
+    ('FROZEN', lambda: frozen.scores(seen, SPANS)),
+    ('LIVE', lambda: frozen.live_scores(seen, SPANS)),
+    ('GRADIENT', lambda: frozen.live_scores(seen, SPANS, allow_gradient=True)),
+  ):
+    with probes.declared(at_most):
+      if probes.Pressure[needed] <= at_most:
+        read()
+      else:
+        message = f'declares pressure {at_most.name}: .*Pressure.{needed}'
+        with pytest.raises(probes.PressureError, match=message):
+          read()
+    read()  # Outside of a reward nothing is declared.
+
+
+def test_spans_of_other_texts_are_refused():
+  frozen = make()
+  seen = frozen.read(TOKENS, MASK)
+  with pytest.raises(ValueError, match='spans have shape .*; one of each text'):
+    frozen.scores(seen, SPANS[:1])
