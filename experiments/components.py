@@ -26,9 +26,9 @@ from idesign import curvature, sites
 
 BINS = 20  # Of equally many components, within which curvature is equal.
 MEMORIZED, SHARED_GROUP, UNUSUAL = 'memorized', 'shared', 'never memorized'
-# Of the examples' average, needed by a group; what the other may be hurt by is
-# this share of it. Chosen on seeds 0 and 1.
-NEEDED, SPARED = 0.02, 0.1
+# Of the mean loss of a group, in nats, the rise by which it needs a component;
+# and how much of it, at most, spares the other. Chosen on seeds 0 and 1.
+NEEDED, SPARED = 0.0003, 0.1
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -248,7 +248,8 @@ def analyse(
 
   Returns:
     `effects`: layer -> map -> d; `histogram`: of participation and its null;
-    `rises`, and `aurocs` of the scores.
+    `rises` and `scores` of the removed components, from which `told_apart` has
+    its AUROCs.
   """
   random = np.random.default_rng(np.random.SeedSequence([seed, 7]))
   of = {
@@ -260,7 +261,7 @@ def analyse(
   of_null = null.participation()
   out: dict[str, Any] = {'effects': {}, 'histogram': {}}
   rises = {g: [] for g in (MEMORIZED, SHARED_GROUP)}
-  columns = {k: [] for k in ('K-FAC', *of, 'weight')}
+  columns = {k: [] for k in ('K-FAC', 'saliency', *of, 'weight')}
   leaves = dict(zip(sites.leaf_paths(params), jax.tree.leaves(params)))
   for name, site in at.items():
     spectrum = spectra[name]
@@ -307,15 +308,21 @@ def analyse(
         rises[g].append(np.asarray(rise[g], np.float64))
       columns['K-FAC'].append(mass[i][rows, cols])
       columns['weight'].append(parts[rows, cols] ** 2)
+      columns['saliency'].append((parts**2 * mass[i])[rows, cols])
       for k, values in of.items():
         columns[k].append(np.nan_to_num(values[name][i][rows, cols]))
   rises = {g: np.concatenate(v) for g, v in rises.items()}
   columns = {k: np.concatenate(v) for k, v in columns.items()}
   out['rises'] = {g: v.tolist() for g, v in rises.items()}
   out['scores'] = {k: v.tolist() for k, v in columns.items()}
-  alone, shared = classes(rises)
-  out['aurocs'] = aurocs(columns, alone, shared, columns['curvature'])
   return out
+
+
+def told_apart(analysis) -> dict[str, Any]:
+  """`aurocs` of an analysis, from what it measured."""
+  arrays = lambda name: {k: np.array(v) for k, v in analysis[name].items()}
+  scores = arrays('scores')
+  return aurocs(scores, *classes(arrays('rises')), scores['curvature'])
 
 
 def histogram(values, null, bins: int = 30) -> dict[str, list[float]]:

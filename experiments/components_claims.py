@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments.components import SHARED_GROUP, UNUSUAL
+from experiments.components import SHARED_GROUP, UNUSUAL, told_apart
 
 PAPER = 'Merullo et al. 2025, arXiv 2510.24256, section 3: not tested there'
 AGAINST = f'against {SHARED_GROUP}', f'against {UNUSUAL}'
@@ -36,7 +36,7 @@ def rows(analyses, score: str):
   beyond = [
     a - b for a, b in zip(effect(matched, shared), effect(null, shared))
   ]
-  told = [a['aurocs'][score]['auroc'] for a in analyses]
+  told = [told_apart(a)[score]['auroc'] for a in analyses]
   known = [t for t in told if t is not None]
   out = [
     ('low_curvature', 'gradients of memorized examples lie with less curvature '

@@ -5,7 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.components import SHARED_GROUP, UNUSUAL
+from experiments.components import SHARED_GROUP, UNUSUAL, told_apart
 from experiments.components_claims import mean_effect
 from experiments.contract.claims import interval
 
@@ -70,15 +70,14 @@ def participation(analyses):
 
 def scores(analyses):
   """AUROC of every score, of all pairs and of those of like curvature."""
-  names = [
-    k for k in analyses[0]['aurocs'] if k not in ('memorization', 'shared')
-  ]
+  judged = [told_apart(a) for a in analyses]
+  names = list(analyses[0]['scores'])
   figure, axis = plt.subplots(figsize=(5.6, 3.2))
   for i, (key, color) in enumerate(
     (('auroc', '#0072B2'), ('at equal curvature', '#E69F00'))
   ):
     for k, name in enumerate(names):
-      values = [a['aurocs'][name][key] for a in analyses]
+      values = [a[name][key] for a in judged]
       values = [v for v in values if v is not None]
       x = k + (i - 0.5) * 0.3
       if len(values) >= 2:

@@ -8,23 +8,31 @@ import pathlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments import components_figures
 from experiments.contract.claims import interval
 from experiments.contract.figures import save_figures
 
 LABELS = {
-  'kfac': 'K-FAC, normalized (ours)',
+  'batch': 'batch curvature (ours)',
+  'kfac': 'K-FAC, normalized',
   'kfac_t1': 'K-FAC, published recipe',
   'kfac_t10': 'K-FAC, temperature 10',
   'kfac_gold': 'K-FAC, gold labels',
   'svd': 'SVD rank truncation',
+  'magnitude': 'magnitude',
+  'salient': 'saliency (OBD)',
+  'subnet': 'BalancedSubnet, told half',
   'random': 'random components',
 }
 COLORS = {
-    'kfac': '#0072B2', 'kfac_t1': '#56B4E9', 'kfac_t10': '#009E73',
-    'kfac_gold': '#CC79A7', 'svd': '#D55E00', 'random': '#7F7F7F',
+    'batch': '#0072B2', 'magnitude': '#E69F00', 'salient': '#882255',
+    'subnet': '#000000', 'kfac': '#332288', 'kfac_t1': '#56B4E9',
+    'kfac_t10': '#009E73', 'kfac_gold': '#CC79A7', 'svd': '#D55E00',
+    'random': '#7F7F7F',
 }  # fmt: skip
-# Ours and its two controls; the others are variants of ours.
-MAIN = ('random', 'svd', 'kfac')
+# Ours and the two controls whose bands are drawn.
+MAIN = ('random', 'svd', 'batch')
+VARIANTS = ('kfac_t1', 'kfac_t10', 'kfac_gold')
 
 
 def draw(workdir: pathlib.Path) -> None:
@@ -32,14 +40,15 @@ def draw(workdir: pathlib.Path) -> None:
   results = json.loads((workdir / 'results.json').read_text('utf-8'))
   config = json.loads((workdir / 'config.json').read_text('utf-8'))
   seeds = range(config['seed'], config['seed'] + config['num_seeds'])
-  save_figures(
-    workdir,
-    {
-      'tradeoff': lambda: _tradeoff(results, config, seeds),
-      'spectrum': lambda: _spectrum(results, config, seeds),
-      'before_after': lambda: _bars(results, config, seeds),
-    },
-  )
+  figures = {
+    'tradeoff': lambda: _tradeoff(results, config, seeds),
+    'spectrum': lambda: _spectrum(results, config, seeds),
+    'before_after': lambda: _bars(results, config, seeds),
+  }
+  if config['components']['per_layer']:
+    analyses = [results[f'{s}/components'] for s in seeds]
+    figures |= components_figures.figures(analyses)
+  save_figures(workdir, figures)
 
 
 def _lowest(points, base, floor: float) -> float:
@@ -61,7 +70,9 @@ def _tradeoff(results, config, seeds):
     mean = curves.mean(0)
     low, high = np.array([interval(c) for c in curves.T]).T
     main = arm in MAIN
-    style = dict(lw=1.8) if main else dict(lw=1, ls=(0, (4, 1.5)))
+    style = dict(lw=1.8) if main else dict(lw=1)
+    if arm in VARIANTS:
+      style['ls'] = (0, (4, 1.5))
     axis.plot(losses, mean, color=COLORS[arm], label=LABELS[arm], **style)
     if main:  # Bands of all of them would hide one another.
       axis.fill_between(losses, low, high, color=COLORS[arm], alpha=0.2, lw=0)
@@ -110,7 +121,7 @@ def _spectrum(results, config, seeds):
     right.fill_between(
       share, lines.min(0), lines.max(0), color=color, alpha=0.12, lw=0
     )
-  kept = [100 - results[f'{s}/kfac/operating']['removed'] for s in seeds]
+  kept = [100 - results[f'{s}/batch/operating']['removed'] for s in seeds]
   for axis in (left, right):
     axis.axvline(np.mean(kept), color='black', lw=0.7, ls=':')
   right.annotate(

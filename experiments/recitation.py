@@ -121,9 +121,7 @@ def _run_seed(config, model, collector, world, params, workdir) -> None:
   prepared = prepare(config, collector, world, params)
   point = config.operating_points.kfac
   for arm in config.arms:
-    one = lambda at, arm=arm: run_point(
-      config, model, exam, prepared, arm, at, base
-    )
+    one = lambda at, arm=arm: run_point(config, exam, prepared, arm, at, base)
     workdir.arm(
       name(arm),
       lambda: [
@@ -140,24 +138,22 @@ def _run_seed(config, model, collector, world, params, workdir) -> None:
   workdir.arm(
     name('order'),
     lambda: [
-      run_point(config, model, exam, prepared, 'kfac', (point[0], share), base)
+      run_point(config, exam, prepared, 'kfac', (point[0], share), base)
       for share in config.order
     ],
   )
   for task in LEFT_OUT if config.leave_out else ():
     workdir.arm(
       name('without', task),
-      lambda: run_point(
-        config, model, exam, prepared, f'without {task}', point, base
-      ),
+      lambda: run_point(config, exam, prepared, f'without {task}', point, base),
     )
   if config.leave_out:
-    for share in config.sums_shares:
+    for weight in config.sums_weights:
       workdir.arm(
-        name('with sums', f'{share:g}'),
+        name('with sums', f'{weight:g}'),
         lambda: measured(
           config, exam, prepared,
-          edit_with_sums(config, prepared, point, share), point, base,
+          edit_with_sums(config, prepared, point, weight), point, base,
         ),
       )  # fmt: skip
   if config.components.per_layer:

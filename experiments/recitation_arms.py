@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import functools
 import math
 import operator
@@ -63,7 +63,9 @@ class Prepared(NamedTuple):
     bases: source -> site -> spectrum.
     scores: of `SCORES`, site -> `[*stack, d_in, d_out]`.
     sums: factors of sums alone.
+    without_sums: of everything else; None where nothing is left out.
     singular: site -> decomposition of the weight.
+    subnet: BalancedSubnet of a layer set.
   """
 
   seed: int
@@ -73,7 +75,9 @@ class Prepared(NamedTuple):
   bases: Mapping[str, Mapping[str, curvature.Spectrum]]
   scores: Mapping[str, Mapping[str, np.ndarray]]
   sums: curvature.Factors
+  without_sums: curvature.Factors | None
   singular: Mapping[str, curvature.Singular]
+  subnet: Callable[[int], curvature.BalancedSubnet]
 
 
 class Collector:
@@ -83,6 +87,7 @@ class Collector:
     self._config, self._model = config, model
     self._paths = layer_paths(config.layer_sets)
     self._readers = {}
+    self._subnets: dict[int, curvature.BalancedSubnet] = {}
 
   def sites(self, params) -> Mapping[str, sites.Site]:
     tokens = np.zeros((2, 8), np.int32)
@@ -121,6 +126,20 @@ class Collector:
         )
       )  # fmt: skip
     return functools.reduce(operator.add, parts)
+
+  def subnet(self, params, at, index: int) -> curvature.BalancedSubnet:
+    """BalancedSubnet of a layer set; one for all seeds."""
+    if index not in self._subnets:
+      s = self._config.subnet
+      chosen, layers = layer_set(at, self._config.layer_sets[index])
+      self._subnets[index] = curvature.BalancedSubnet(
+        answer_losses(self._model), params, chosen,
+        curvature.SubnetConfig(
+          forget=s.forget, learning_rate=s.learning_rate
+        ),
+        layers=layers,
+      )  # fmt: skip
+    return self._subnets[index]
 
   def _reader(self, make, fisher):
     key = make, fisher
@@ -166,16 +185,18 @@ def prepare(config, collector: Collector, world: World, params) -> Prepared:
     for i, (name, fisher) in enumerate(SCORES.items())
     if name in config.arms
   }
+  without = {}
   for i, task in enumerate(LEFT_OUT if config.leave_out else ()):
     source = Source(EVERY, (*BY_HEART, task))
-    bases[f'without {task}'] = curvature.spectra(
-      collector.factors(params, world, source, 40 + i)
-    )
+    without[task] = collector.factors(params, world, source, 40 + i)
+    bases[f'without {task}'] = curvature.spectra(without[task])
   alone = Source(EVERY, tuple({*MARKERS, 'strangers'} - {'sums'}))
   sums = collector.factors(params, world, alone, 30)
   return Prepared(
     world.seed, world, params, at, bases, scores, sums,
+    without.get('sums'),
     curvature.singular(params, at),
+    functools.partial(collector.subnet, params, at),
   )  # fmt: skip
 
 
@@ -209,50 +230,35 @@ def make_edit(config, prepared: Prepared, arm: str, point) -> curvature.Edit:
   )
 
 
-def edit_with_sums(config, prepared: Prepared, point, share) -> curvature.Edit:
-  """Keeps, of the bases that saw no sums, what sums need as well.
+def edit_with_sums(config, prepared: Prepared, point, weight) -> curvature.Edit:
+  """The edit of factors that saw no sums, and of sums alone mixed in.
 
   Args:
     config: of the experiment.
     prepared: of the seed.
-    point: layer set, and share of components kept for everything else.
-    share: of components kept for sums; the union of both is kept.
+    point: layer set, and share of components kept.
+    weight: of a position of sums, next to one of everything else.
   """
-  index, general = point
+  index, share = point
   at, layers = layer_set(prepared.at, config.layer_sets[index])
-  bases = prepared.bases['without sums']
-  masks = {}
-  for name in at:
-    needed = curvature.domain_mass(
-      bases[name], prepared.sums.inputs[name], prepared.sums.outputs[name]
-    )
-    masks[name] = curvature.union(
-      curvature.curvature_masks(bases[name], share=general),
-      curvature.score_masks(needed, share=share),
-    )
-  return curvature.keep_components(
-    prepared.params, at, bases, masks, layers=layers
+  mixed = curvature.mixture(prepared.without_sums, prepared.sums, weight)
+  return curvature.keep_high_curvature(
+    prepared.params, at, curvature.spectra(mixed), share=share, layers=layers
   )
 
 
-def subnet_edit(config, model, prepared: Prepared, point) -> curvature.Edit:
+def subnet_edit(config, prepared: Prepared, point) -> curvature.Edit:
   """BalancedSubnet, told the first half of the sequences."""
   index, share = point
-  at, layers = layer_set(prepared.at, config.layer_sets[index])
   world, s = prepared.world, config.subnet
   told = recitations(world.recited[: len(world.recited) // 2])
   other = world.corpus(s.steps * s.batch + 64, 60, without=BY_HEART)
-  settings = curvature.SubnetConfig(
-    share=1 - share, forget=s.forget, learning_rate=s.learning_rate
-  )
-  subnet = curvature.BalancedSubnet(
-    answer_losses(model), prepared.params, at, settings, layers=layers
-  )
+  subnet = prepared.subnet(index)
   batches = [
     training.Batches(rows._asdict(), s.batch, seed=prepared.seed)
     for rows in (told, other)
   ]
-  state = subnet.init()
+  state = subnet.init(1 - share)
   for n in range(s.steps):
     state, _ = subnet.step(
       state, prepared.params, *(b.batch(n) for b in batches)
@@ -260,10 +266,10 @@ def subnet_edit(config, model, prepared: Prepared, point) -> curvature.Edit:
   return subnet.edit(state, prepared.params)
 
 
-def run_point(config, model, exam: Exam, prepared, arm, point, base):
+def run_point(config, exam: Exam, prepared, arm, point, base):
   """Measures one grid point of an arm."""
   if arm == 'subnet':
-    edit = subnet_edit(config, model, prepared, point)
+    edit = subnet_edit(config, prepared, point)
   else:
     edit = make_edit(config, prepared, arm, point)
   return measured(config, exam, prepared, edit, point, base)

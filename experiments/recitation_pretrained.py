@@ -224,7 +224,8 @@ def run(config, folder: pathlib.Path) -> None:
   for name in config.factors:
     if name != 'text':
       mixed = curvature.spectra(
-        mix(get('text'), get(name), config.mixture), where=config.eigen
+        curvature.mixture(get('text'), get(name), config.mixture),
+        where=config.eigen,
       )
       keep[f'kfac with {name}'] = lambda mass, mixed=mixed: (
         curvature.keep_high_curvature(params, at, mixed, mass=mass)
@@ -254,17 +255,6 @@ def run(config, folder: pathlib.Path) -> None:
   )
   if jax.process_index() == 0:
     recitation_pretrained_figures.draw(workdir.path)
-
-
-def mix(a: curvature.Factors, b: curvature.Factors, weight: float):
-  """Factors per position of two domains added up, the second so often."""
-
-  def add(x, y):
-    return {n: x[n] + weight * y[n] * (a.count / b.count) for n in x}
-
-  return a._replace(
-    inputs=add(a.inputs, b.inputs), outputs=add(a.outputs, b.outputs)
-  )
 
 
 def _edited(config, subject: Subject, edit: curvature.Edit) -> dict[str, Any]:

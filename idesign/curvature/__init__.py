@@ -55,6 +55,7 @@ from idesign.curvature.kfac import (
   Factors,
   ekfac_eigenvalues,
   kfac_factors,
+  mixture,
 )
 from idesign.curvature.krylov import (
   Density,

@@ -30,7 +30,8 @@ class Shield(NamedTuple):
   Attributes:
     input_basis: `[*stack, d_in, d_in]`.
     output_basis: `[*stack, d_out, d_out]`.
-    kept: `[*stack, d_in, d_out]`, in [0, 1]; 1 does not decay.
+    kept: `[*stack, d_in, d_out]`, at most 1, which does not decay; 0 decays at
+      the strength, what is below at a multiple of it.
   """
 
   input_basis: Array

@@ -56,6 +56,39 @@ class Factors(NamedTuple):
     return jax.tree.map(jnp.add, self, other)
 
 
+def mixture(a: Factors, b: Factors, weight: float) -> Factors:
+  """Factors of two domains: an edit of them keeps what either needs.
+
+  Moments per position are added, the second ones `weight` times: `A = A_a +
+  weight A_b`, `G` likewise. (A keep-set of general text alone loses arithmetic;
+  general text with arithmetic keeps it.)
+
+  Args:
+    a: of the first domain; the result counts what it counts.
+    b: of the second, of the same sites.
+    weight: of the second, at least 0.
+
+  Raises:
+    ValueError: the weight is negative, or the sites differ.
+  """
+  if weight < 0:
+    raise ValueError(f'A domain has a weight of at least 0, not {weight}.')
+  if set(a.positions) != set(b.positions):
+    raise ValueError(
+      'Factors of different sites do not mix: '
+      f'{sorted(set(a.positions) ^ set(b.positions))}.'
+    )
+
+  def add(x, y):
+    return {
+      n: x[n] + weight * y[n] * (a.positions[n] / b.positions[n]) for n in x
+    }
+
+  return a._replace(
+    inputs=add(a.inputs, b.inputs), outputs=add(a.outputs, b.outputs)
+  )
+
+
 class Eigenvalues(NamedTuple):
   """EK-FAC eigenvalues, summed over examples; a pytree to add up.
 

@@ -30,24 +30,19 @@ class SubnetConfig:
   """How the weights are found.
 
   Attributes:
-    share: of the weights at sites to remove, all of them together, in (0, 1).
     forget: weight of the loss that is raised; `1 - forget` has the one that is
       kept low. Published: 0.7.
     learning_rate: of the scores, by momentum descent. Published: 0.3.
     momentum: likewise.
   """
 
-  share: float
   forget: float = 0.7
   learning_rate: float = 0.3
   momentum: float = 0.9
 
   def __post_init__(self):
-    for name in ('share', 'forget'):
-      if not 0 < getattr(self, name) < 1:
-        raise ValueError(
-          f'{name} must be in (0, 1), not {getattr(self, name)}.'
-        )
+    if not 0 < self.forget < 1:
+      raise ValueError(f'forget must be in (0, 1), not {self.forget}.')
 
 
 class SubnetState(NamedTuple):
@@ -57,22 +52,26 @@ class SubnetState(NamedTuple):
     scores: the largest are removed; those of layers that are not edited are
       minus infinity.
     velocity: of momentum descent.
+    count: how many weights are removed, uint32.
   """
 
   scores: dict[str, Array]
   velocity: dict[str, Array]
+  count: Array
 
 
 class BalancedSubnet:
   """Learns which weights to remove.
 
   ```
-  subnet = BalancedSubnet(loss, params, at, SubnetConfig(share=0.0015))
-  state = subnet.init()
+  subnet = BalancedSubnet(loss, params, at, SubnetConfig())
+  state = subnet.init(share=0.0015)
   for told, other in batches:
     state, losses = subnet.step(state, params, told, other)
   edit = subnet.edit(state, params)
   ```
+
+  Another share, or other parameters of the same shapes, compile nothing anew.
   """
 
   def __init__(
@@ -101,22 +100,31 @@ class BalancedSubnet:
     self._layers = layers
     self._shapes = {name: (*s.stack, s.d_in, s.d_out) for name, s in at.items()}
     self._open = {name: self._chosen(name) for name in at}
-    free = sum(
+    self._free = sum(
       int(m.sum()) * s.d_in * s.d_out
       for m, s in zip(self._open.values(), at.values())
     )
-    self._count = round(config.share * free)
-    if not self._count:
-      raise ValueError(
-        f'share={config.share} of {free} weights is not one of them.'
-      )
     self._paths = sites.leaf_paths(params)
     self.step: Callable[..., tuple[SubnetState, dict[str, Array]]] = jax.jit(
       self._step, donate_argnums=0
     )
 
-  def init(self) -> SubnetState:
-    """All scores zero: which are removed first is decided by their order."""
+  def init(self, share: float) -> SubnetState:
+    """All scores zero: which are removed first is decided by their order.
+
+    Args:
+      share: of the weights at sites to remove, all of them together, in (0, 1).
+        Published: 0.0015.
+
+    Raises:
+      ValueError: it is not, or it is not one weight.
+    """
+    count = round(share * self._free)
+    if not 0 < share < 1 or not count:
+      raise ValueError(
+        f'share={share} must be in (0, 1), and at least one of the '
+        f'{self._free} weights that may be removed.'
+      )
     scores = {
       name: jnp.where(
         jnp.asarray(self._open[name])[..., None, None],
@@ -125,11 +133,13 @@ class BalancedSubnet:
       )
       for name, shape in self._shapes.items()
     }
-    return SubnetState(scores, jax.tree.map(jnp.zeros_like, scores))
+    return SubnetState(
+      scores, jax.tree.map(jnp.zeros_like, scores), jnp.uint32(count)
+    )
 
   def edit(self, state: SubnetState, params: PyTree) -> Edit:
     """Removes the weights of largest score."""
-    masks = jax.device_get(_lowest(state.scores, self._count))
+    masks = jax.device_get(_lowest(state.scores, state.count))
 
     def change(name, index, w):
       mask = masks[name][index]
@@ -156,7 +166,7 @@ class BalancedSubnet:
       return total, {'told': raised, 'other': kept}
 
     masks = jax.tree.map(
-      lambda m: m.astype(jnp.float32), _lowest(state.scores, self._count)
+      lambda m: m.astype(jnp.float32), _lowest(state.scores, state.count)
     )
     # Straight through: a larger score is less of the mask.
     slopes, losses = jax.grad(objective, has_aux=True)(masks)
@@ -166,7 +176,7 @@ class BalancedSubnet:
     scores = jax.tree.map(
       lambda s, v: s - config.learning_rate * v, state.scores, velocity
     )
-    return SubnetState(scores, velocity), losses
+    return SubnetState(scores, velocity, state.count), losses
 
   def _masked(self, params, masks) -> PyTree:
     leaves, tree = jax.tree.flatten(params)
@@ -177,7 +187,7 @@ class BalancedSubnet:
     return jax.tree.unflatten(tree, leaves)
 
 
-def _lowest(scores: dict[str, Float[Array, '...']], count: int):
+def _lowest(scores: dict[str, Float[Array, '...']], count: Array):
   """True but for the `count` largest scores of all arrays together.
 
   By bisection over the bit patterns of floats, in 32 counts: sorting all
@@ -194,7 +204,7 @@ def _lowest(scores: dict[str, Float[Array, '...']], count: int):
 
   threshold = jax.lax.fori_loop(0, 32, bit, jnp.uint32(0))
   above = sum(jnp.sum(x > threshold, dtype=jnp.uint32) for x in leaves)
-  left = jnp.uint32(count) - above
+  left = count - above
   masks = []
   for x in leaves:
     tied = x == threshold

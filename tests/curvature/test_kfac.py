@@ -236,3 +236,28 @@ def test_a_label_that_is_no_class_is_nan(label):
     read({'w': w}, h, labels=jnp.stack([y, y], 1), mask=mask).outputs['w'],
   )
   assert jnp.isfinite(first).all()
+
+
+def of_positions(scale, positions):
+  one = {'w': scale * np.eye(2)}
+  return curvature.Factors(
+    one, one, np.float32(7), {'w': np.float32(positions)}
+  )
+
+
+def test_a_mixture_weighs_moments_per_position():
+  """Of twice the positions, sums that are twice as large count the same."""
+  once = curvature.mixture(of_positions(1.0, 10), of_positions(3.0, 10), 0.5)
+  twice = curvature.mixture(of_positions(1.0, 10), of_positions(6.0, 20), 0.5)
+  np.testing.assert_allclose(once.inputs['w'], 2.5 * np.eye(2))
+  np.testing.assert_allclose(once.outputs['w'], 2.5 * np.eye(2))
+  jax.tree.map(np.testing.assert_allclose, once, twice)
+  assert once.count == 7 and once.positions['w'] == 10
+
+
+def test_a_mixture_refuses_other_sites_and_weights_below_zero():
+  a = of_positions(1.0, 10)
+  with pytest.raises(ValueError, match='not -0.5'):
+    curvature.mixture(a, a, -0.5)
+  with pytest.raises(ValueError, match=r"\['v', 'w'\]"):
+    curvature.mixture(a, a._replace(positions={'v': 1}), 1.0)

@@ -176,9 +176,10 @@ def test_a_subnet_forgets_what_it_is_told(optax_promotion):
   )
   assert accuracy(p, told) == accuracy(p, other) == 1
   at = sites.find_sites(loss, p, told, ['up', 'down']).by_name
-  config = curvature.SubnetConfig(share=0.1, forget=0.5)
-  subnet = curvature.BalancedSubnet(loss, p, at, config)
-  state = subnet.init()
+  subnet = curvature.BalancedSubnet(
+    loss, p, at, curvature.SubnetConfig(forget=0.5)
+  )
+  state = subnet.init(share=0.1)
   first = None
   for _ in range(60):
     state, losses = subnet.step(state, p, told, other)
@@ -193,16 +194,19 @@ def test_a_subnet_forgets_what_it_is_told(optax_promotion):
   assert accuracy(edited, other) >= 0.85
   # Not what any as large a choice does: the first is an arbitrary one.
   assert losses['told'] > 2 * first['told']
-  assert subnet.step._cache_size() == 1
+  # Another share compiles nothing anew.
+  state, _ = subnet.step(subnet.init(share=0.2), p, told, other)
+  assert state.count == 2 * removed and subnet.step._cache_size() == 1
 
 
 def test_subnets_out_of_range_raise():
   p, at, _ = setting()
-  for share in (0.0, 1.0):
-    with pytest.raises(ValueError, match='share must be in'):
-      curvature.SubnetConfig(share=share)
-  with pytest.raises(ValueError, match='is not one of them'):
-    curvature.BalancedSubnet(loss, p, at, curvature.SubnetConfig(share=1e-9))
+  with pytest.raises(ValueError, match='forget must be in'):
+    curvature.SubnetConfig(forget=1.0)
+  subnet = curvature.BalancedSubnet(loss, p, at, curvature.SubnetConfig())
+  for share in (0.0, 1.0, 1e-9):
+    with pytest.raises(ValueError, match=f'share={share} must be in'):
+      subnet.init(share)
 
 
 def tied(p, x):

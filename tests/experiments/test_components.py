@@ -128,14 +128,20 @@ def test_claims_read_effects_of_every_layer():
   other = {**layer, 'curvature': effect(-1.0, 0.2)}
   analysis = {
     'effects': {'up': layer, 'down': other},
-    'aurocs': {'curvature': {'auroc': 0.9}},
+    # Six that memorized examples alone need, five that others need; of the
+    # thirty pairs two are in the wrong order.
+    'rises': {
+      components.MEMORIZED: [0.5] * 6 + [0.0] * 5 + [0.0],
+      components.SHARED_GROUP: [0.0] * 6 + [0.5] * 5 + [0.0],
+    },
+    'scores': {'curvature': [1, 2, 3, 4, 5, 9, 10, 11, 12, 8, 7, 6]},
   }
   rows = components_claims.rows([analysis, analysis], 'curvature')
   values = {row[0]: row[2] for row in rows}
   assert values['low_curvature'] == [-1.5, -1.5]
   assert values['low_curvature_unusual'] == [0.0, 0.0]
   assert values['few_share_null'] == pytest.approx([-0.5, -0.5])
-  assert values['score'] == [0.9, 0.9]
-  analysis['aurocs'] = {'curvature': {'auroc': None}}
+  assert values['score'] == pytest.approx([28 / 30, 28 / 30])
+  analysis['rises'] = {g: [0.0] * 12 for g in analysis['rises']}
   rows = components_claims.rows([analysis, analysis], 'curvature')
   assert 'score' not in {row[0] for row in rows}

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from experiments import contract, memorization
-from experiments.memorization_world import make_model, train
+from experiments import memorization_arms as arms
+from experiments import memorization_claims as claims_lib
+from experiments import memorization_images as images
+from experiments.memorization_world import World, make_model, make_world, train
 from idesign import training
 from tests import processes
 
@@ -27,16 +30,16 @@ def get_config(preset):
 
 
 def test_a_world_is_what_it_says():
-  world = memorization.make_world(3, noise=0.1, train=0.6, images=1797)
+  world = make_world(3, noise=0.1, train=0.6, images=1797)
   assert world.images.shape == (1797, 8, 8, 1)
   assert np.bincount(world.split).tolist() == [1078, 359, 360]
   assert world.noisy.sum() == 108 and world.noisy[world.split != 0].sum() == 0
   assert (world.labels[world.noisy] != world.truth[world.noisy]).all()
   assert (world.labels[~world.noisy] == world.truth[~world.noisy]).all()
-  again = memorization.make_world(3, noise=0.1, train=0.6, images=1797)
+  again = make_world(3, noise=0.1, train=0.6, images=1797)
   for a, b in zip(world, again):
     np.testing.assert_array_equal(a, b)
-  other = memorization.make_world(4, noise=0.1, train=0.6, images=1797)
+  other = make_world(4, noise=0.1, train=0.6, images=1797)
   assert not np.array_equal(world.labels, other.labels)
 
 
@@ -56,18 +59,18 @@ def test_the_rule_of_choice():
     '0/kfac': points((1, 92.9), (2, 95), (9, 95), (6, 93)),
     '1/kfac': points((1, 94), (2, 91.9), (9, 95), (6, 92)),
   }
-  assert memorization.choose(results, [0, 1], 'kfac') == (3, 0.1)
+  assert claims_lib.choose(results, [0, 1], 'kfac') == (3, 0.1)
   results['0/kfac'] = points((1, 10))
   results['1/kfac'] = points((1, 10))
   with pytest.raises(ValueError, match='keeps the held-out accuracy'):
-    memorization.choose(results, [0, 1], 'kfac')
+    claims_lib.choose(results, [0, 1], 'kfac')
 
 
-@pytest.mark.parametrize('world', ['mlp', 'vit'])
+@pytest.mark.parametrize('world', ['mlp', 'vit', 'mnist-mlp', 'mnist-vit'])
 @pytest.mark.parametrize('preset', ['smoke', 'cpu', 'paper', 'choose'])
 def test_every_arm_has_a_grid_of_the_same_size(world, preset):
   config = get_config(f'{world}-{preset}')
-  assert len({len(memorization.grid(config, a)) for a in config.arms}) == 1
+  assert len({len(arms.grid(config, a)) for a in config.arms}) == 1
   chosen = {0, 1}
   seeds = set(range(config.seed, config.seed + config.num_seeds))
   assert seeds == chosen if preset == 'choose' else not seeds & chosen
@@ -78,9 +81,9 @@ def test_operating_points_are_what_the_rule_chose(world):
   """The frozen points, against the committed results of seeds 0 and 1."""
   folder = ROOT / 'results' / f'memorization-{world}-choose'
   results = json.loads((folder / 'results.json').read_text())
-  config = get_config(f'{world}-choose')
+  config = get_config(f'{world}-paper')
   for arm in config.arms:
-    chosen = memorization.choose(results, [0, 1], arm)
+    chosen = claims_lib.choose(results, [0, 1], arm)
     assert tuple(config.operating_points[arm]) == chosen, arm
 
 
@@ -93,7 +96,8 @@ def claim_results(test=90.0, svd_test=90.0):
   for seed in (2, 3, 4):
     results |= {
       f'{seed}/unedited': row(100.0, 92.0),
-      f'{seed}/kfac/operating': row(5.0 + seed / 10, test),
+      f'{seed}/batch/operating': row(5.0 + seed / 10, test),
+      f'{seed}/kfac': [row(20.0, test)],
       # The better one is not accurate enough to count.
       f'{seed}/svd': [row(30.0, svd_test), row(1.0, test - 0.1)],
       f'{seed}/random': [row(2.0, 10.0)],
@@ -102,10 +106,11 @@ def claim_results(test=90.0, svd_test=90.0):
 
 
 def test_claims_compare_only_with_points_as_accurate_as_ours():
-  config = get_config('smoke')
-  claims = memorization.make_claims(config, claim_results(), [2, 3, 4])
+  config = get_config('cpu')
+  claims = claims_lib.make_claims(config, claim_results(), [2, 3, 4])
   values = {c.id: c.value for c in claims}
   assert values['mlp_below_svd'] == pytest.approx(5.3 - 30)
+  assert values['mlp_below_kfac'] == pytest.approx(5.3 - 20)
   # No random point qualifies; leaving the network alone does.
   assert values['mlp_below_random'] == pytest.approx(5.3 - 100)
   assert values['mlp_test_kept'] == pytest.approx(2.0)
@@ -114,12 +119,30 @@ def test_claims_compare_only_with_points_as_accurate_as_ours():
   assert passed['mlp_test_kept'] and not passed['mlp_test_improved']
 
 
+def test_a_control_that_is_told_half_is_compared_on_the_other_half_too():
+  config = get_config('cpu').copy_and_resolve_references()
+  with config.unlocked():
+    config.arms += ('subnet',)
+  results = claim_results()
+  for seed in (2, 3, 4):
+    for name, untold in (('unedited', 100.0), ('batch/operating', 6.0)):
+      results[f'{seed}/{name}']['memorized_untold'] = untold
+    results[f'{seed}/subnet'] = [
+      {'memorized': 2.0, 'memorized_untold': 40.0, 'test': 90.0},
+      {'memorized': 0.0, 'memorized_untold': 0.0, 'test': 89.0},
+    ]
+  claims = claims_lib.make_claims(config, results, [2, 3, 4])
+  values = {c.id: c.value for c in claims}
+  assert values['mlp_below_subnet'] == pytest.approx(5.3 - 2)
+  assert values['mlp_below_subnet_untold'] == pytest.approx(6.0 - 40)
+
+
 def hand_made(said):
   """Eight training images, four mislabelled; two held out; two test."""
   truth = np.arange(12) % 10
   labels = truth.copy()
   labels[:4] = 6, 7, 8, 9
-  world = memorization.World(
+  world = World(
     images=np.zeros((12, 8, 8, 1), np.float32),
     labels=labels,
     truth=truth,
@@ -127,15 +150,18 @@ def hand_made(said):
     noisy=np.arange(12) < 4,
   )
   predict = lambda params, images: np.array(said)
-  return memorization.Trained(3, world, {}, predict, {}, {}, {})
+  return arms.Trained(3, world, {}, predict, {}, {}, {}, {}, None)
 
 
 def test_what_is_measured():
   # Noisy: three wrong labels said, one true. Clean: two of four right. Held
   # out: both. Test: none.
   trained = hand_made([6, 7, 8, 3, 4, 5, 0, 0, 8, 9, 5, 5])
-  assert memorization.measure(trained, {}) == {
+  # Of the four wrong labels BalancedSubnet is told the first and the third.
+  assert arms.measure(trained, {}) == {
     'memorized': 75.0,
+    'memorized_told': 100.0,
+    'memorized_untold': 50.0,
     'recovered': 25.0,
     'clean': 50.0,
     'held_out': 100.0,
@@ -145,7 +171,7 @@ def test_what_is_measured():
 
 def test_groups_of_the_profile():
   trained = hand_made([0] * 12)
-  groups = memorization.profile_groups(trained)
+  groups = images.profile_groups(trained)
   members = {k: np.flatnonzero(m).tolist() for k, (m, _) in groups.items()}
   assert members == {
     'noisy, memorized': [0, 1, 2, 3],
@@ -166,7 +192,7 @@ def test_every_network_fits_the_labels_of_its_own_seed(tmp_path):
     config.num_seeds, config.epochs, config.learning_rate = 3, 150, 1e-2
     config.weight_decay = 0.0
   seeds = [2, 3, 4]
-  worlds = [memorization.make_world(s, **config.data) for s in seeds]
+  worlds = [make_world(s, **config.data) for s in seeds]
   model = make_model(config)
   workdir = contract.Workdir(tmp_path, config, 'data')
   params = train(config, model, worlds, seeds, workdir)
@@ -187,7 +213,7 @@ def test_factors_are_those_of_training_images_and_of_the_arms(
   tmp_path, monkeypatch
 ):
   fed = []
-  make = memorization.curvature.kfac_factors
+  make = arms.curvature.kfac_factors
 
   def spy(logits, paths, fisher):
     factors = make(logits, paths, fisher)
@@ -200,12 +226,12 @@ def test_factors_are_those_of_training_images_and_of_the_arms(
 
     return fn
 
-  monkeypatch.setattr(memorization.curvature, 'kfac_factors', spy)
+  monkeypatch.setattr(arms.curvature, 'kfac_factors', spy)
   config = get_config('smoke')
   memorization.run(config, tmp_path)
   jax.effects_barrier()
-  by_arm = memorization.FISHER
-  worlds = [memorization.make_world(s, **config.data) for s in (2, 3)]
+  by_arm = arms.FISHER
+  worlds = [make_world(s, **config.data) for s in (10, 11)]
   for fisher in by_arm.values():
     mine = [values for f, *values in fed if f == fisher]
     assert len(mine) == 2  # Seeds.
@@ -230,7 +256,9 @@ def test_factors_are_those_of_training_images_and_of_the_arms(
   [
     (dict(num_seeds=1), 'num_seeds=1'),
     (dict(seed=1), r'config.seed=1.*nothing can be claimed of \[1\]'),
-    (dict(arms=('svd', 'random')), r"lacks \['kfac'\]"),
+    (dict(arms=('svd', 'random')), r"lacks \['batch', 'kfac'\]"),
+    (dict(arms=('batch', 'kfac', 'svd', 'random', 'x')), r"has \['x'\]"),
+    ({'data.source': 'dogs'}, "config.data.source='dogs' is none of"),
     (
       dict(layer_sets=(('layer_9/kernel',),)),
       r'config.layer_sets\[0\].*layer_9',
@@ -257,14 +285,17 @@ def test_smoke_runs_and_resumes(world, tmp_path):
   config = get_config(f'{world}-smoke')
   memorization.run(config, tmp_path)
   figures = {p.name for p in (tmp_path / 'figures').iterdir()}
-  assert figures == {'tradeoff.png', 'spectrum.png', 'before_after.png'}
+  assert figures == {
+    'tradeoff.png', 'spectrum.png', 'before_after.png', 'effects.png',
+    'participation.png', 'scores.png',
+  }  # fmt: skip
   results = json.loads((tmp_path / 'results.json').read_text())
   claims = (tmp_path / 'claims.json').read_bytes()
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   assert len(lines) == config.epochs
 
   # Lose one seed's arms: they come back the same from the checkpoint.
-  lost = {k: v for k, v in results.items() if not k.startswith('3/')}
+  lost = {k: v for k, v in results.items() if not k.startswith('11/')}
   assert 0 < len(lost) < len(results)
   (tmp_path / 'results.json').write_text(json.dumps(lost))
   (tmp_path / 'claims.json').unlink()
@@ -278,13 +309,15 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
   """Two processes of four devices against one of eight, which trains alone."""
   config = get_config('smoke').copy_and_resolve_references()
   with config.unlocked():
-    config.arms = ('svd', 'kfac', 'random')
+    config.arms = ('svd', 'kfac', 'random', 'batch')
+    config.components.per_layer = 0
   memorization.run(config, tmp_path / 'one')
   outputs = processes.run_two(
     'experiments.memorization',
     '--config=configs/memorization.py:smoke',
     f'--workdir={tmp_path / "two"}',
-    "--config.arms=('svd', 'kfac', 'random')",
+    "--config.arms=('svd', 'kfac', 'random', 'batch')",
+    '--config.components.per_layer=0',
   )
   # Process 0 alone reports.
   assert ['before the edit' in output for output in outputs] == [True, False]

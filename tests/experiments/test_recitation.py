@@ -179,20 +179,29 @@ def test_shares_that_are_kept():
 
 def points(*rows):
   return [
-    {'layer_set': i, 'strength': 0.1, 'recited': r, 'worst': w}
-    for i, (r, w) in enumerate(rows)
-  ]
+    {
+      'layer_set': i, 'strength': 0.1, 'recited': r, 'worst': w,
+      'worst_fact': f, 'tokens': t,
+    }
+    for i, (r, w, f, t) in enumerate(rows)
+  ]  # fmt: skip
 
 
 def test_the_rule_of_choice():
   results = {
-    '0/kfac': points((0, 96.9), (2, 99), (9, 99), (6, 97)),
-    '1/kfac': points((0, 99), (2, 96.9), (9, 99), (6, 97)),
-  }
-  assert claims.choose(results, [0, 1], 'kfac') == (3, 0.1)
+    '0/kfac': points(
+      (0, 96.9, 99, 0), (2, 99, 99, 0), (2, 99, 92, 0), (9, 99, 99, 0),
+      (6, 97, 92, 50), (6, 97, 92, 40),
+    ),
+    '1/kfac': points(
+      (0, 99, 99, 0), (2, 96.9, 99, 0), (2, 99, 91.9, 0), (9, 99, 99, 0),
+      (6, 97, 92, 50), (6, 97, 92, 50),
+    ),
+  }  # fmt: skip
+  assert claims.choose(results, [0, 1], 'kfac') == (5, 0.1)
   results = {
-    '0/kfac': points((0, 50), (9, 90), (5, 96)),
-    '1/kfac': points((0, 60), (9, 80), (5, 70)),
+    '0/kfac': points((0, 50, 99, 0), (9, 90, 99, 0), (5, 96, 99, 0)),
+    '1/kfac': points((0, 60, 99, 0), (9, 80, 99, 0), (5, 70, 99, 0)),
   }
   assert claims.choose(results, [0, 1], 'kfac') == (1, 0.1)
 
@@ -213,9 +222,9 @@ def test_what_a_keep_set_of_sums_gives_back():
   results = {
     '2/unedited': {'sums': 98.0},
     '2/without/sums': {'sums': 18.0, 'recited': 3.0},
-    '2/with sums/0.05': {'sums': 68.0, 'recited': 4.5},
+    '2/with sums/0.1': {'sums': 68.0, 'recited': 4.5},
   }
-  assert claims.sums_regained(results, 2, 0.05) == (62.5, 1.5)
+  assert claims.sums_regained(results, 2, 0.1) == (62.5, 1.5)
 
 
 def test_claims_compare_with_points_that_keep_as_much():
@@ -224,9 +233,10 @@ def test_claims_compare_with_points_that_keep_as_much():
     config.arms = ('kfac', 'svd', 'subnet')
     config.components.per_layer = 0
   row = lambda recited, worst, **kw: {
-    'recited': recited, 'worst': worst, 'worst_fact': 92.0, 'sort': 97.0,
-    'sums': 99.0, 'copy': 97.0, 'reverse': 97.0, 'increment': 97.0,
-    'book': 99.0, 'rare facts': 95.0, 'frequent facts': 96.0, **kw,
+    'recited': recited, 'five': 2 * recited, 'worst': worst,
+    'worst_fact': 92.0, 'sort': 97.0, 'sums': 99.0, 'copy': 97.0,
+    'reverse': 97.0, 'increment': 97.0, 'book': 99.0,
+    'rare facts': 95.0, 'frequent facts': 96.0, **kw,
   }  # fmt: skip
   results = {}
   for s in (2, 3):
@@ -242,10 +252,11 @@ def test_claims_compare_with_points_that_keep_as_much():
         row(50.0, 90.0, strength=0.5), row(0.0, 90.0, strength=0.1)
       ],
       f'{s}/without/sums': row(3.0, 97.0, sums=19.0),
-      f'{s}/with sums/{config.sums_share:g}': row(4.0, 97.0, sums=79.0),
+      f'{s}/with sums/{config.sums_weight:g}': row(4.0, 97.0, sums=79.0),
     }  # fmt: skip
   got = {c.id: c for c in claims.make_claims(config, results, [2, 3])}
   assert got['lm_below_svd'].value == pytest.approx(3.25 - 40)
+  assert got['lm_below_svd_five'].value == pytest.approx(6.5 - 80)
   assert got['lm_improved'].value == 1.0 and got['lm_improved'].passed
   assert got['lm_sums_regained'].value == 75.0
   assert got['lm_sums_price'].value == 1.0

@@ -78,19 +78,6 @@ def test_a_plan_that_does_not_fit_says_what_to_change():
     make(whole.params_gib + whole.activations_gib + 1e-6)
 
 
-def factors(scale, count):
-  one = {'w': scale * np.eye(2)}
-  return curvature.Factors(one, one, np.float32(count), {'w': np.float32(9)})
-
-
-def test_mixed_factors_weigh_examples():
-  """Of twice the examples, sums that are twice as large count the same."""
-  once = pretrained.mix(factors(1.0, 10), factors(3.0, 10), 0.5)
-  twice = pretrained.mix(factors(1.0, 10), factors(6.0, 20), 0.5)
-  np.testing.assert_allclose(once.inputs['w'], 2.5 * np.eye(2))
-  jax.tree.map(np.testing.assert_allclose, once, twice)
-
-
 def test_groups_are_joined_in_the_order_of_layers():
   layers = lambda *values: curvature.Factors(
     {'w': np.array(values)}, {'w': np.array(values)}, np.float32(2),

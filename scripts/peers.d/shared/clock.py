@@ -42,3 +42,13 @@ def measure(prepare) -> dict[str, float]:
     'seconds_range': [min(seconds), max(seconds)],
     'peak_mib': _mib('VmHWM') - before,
   }
+
+
+def seconds(call) -> float:
+  """Median seconds of a call, after one that warms up."""
+  taken = []
+  for _ in range(REPEATS + 1):
+    start = time.perf_counter()
+    call()
+    taken.append(time.perf_counter() - start)
+  return statistics.median(taken[1:])
