@@ -72,7 +72,7 @@ def scores(analyses):
   """AUROC of every score, of all pairs and of those of like curvature."""
   judged = [told_apart(a) for a in analyses]
   names = list(analyses[0]['scores'])
-  figure, axis = plt.subplots(figsize=(5.6, 3.2))
+  figure, axis = plt.subplots(figsize=(6.4, 3.2))
   for i, (key, color) in enumerate(
     (('auroc', '#0072B2'), ('at equal curvature', '#E69F00'))
   ):

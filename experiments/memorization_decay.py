@@ -74,7 +74,9 @@ class Trainer:
     batches = training.Batches(rows, c.batch_size, seed=seed)
     params = self._model.init(jax.random.key(seed))
     state = self._optimizer.init(params)
-    shields = self._shields(params, rows, seed, 'plain', strength)
+    # There is no curvature to speak of before anything is learned.
+    least = c.floor if arm == 'added' else 0.0
+    shields = self._shields(params, rows, seed, 'plain', least + strength)
     total, done = self.num_steps(world), 0
     while done < total:
       count = min(c.refresh, total - done)

@@ -14,7 +14,7 @@ import pytest
 
 from experiments import (
   contract, hallucination_claims, memorization_claims, obfuscation_claims,
-  pirate_claims,
+  pirate_claims, recitation_claims,
 )  # fmt: skip
 from experiments.contract import page
 
@@ -220,6 +220,7 @@ def test_the_readme_shows_the_committed_claims():
   [
     ('memorization', memorization_claims.make_claims, 'mlp-paper'),
     ('memorization-vit', memorization_claims.make_claims, 'vit-paper'),
+    ('memorization-lm', recitation_claims.make_claims, 'lm-paper'),
     ('hallucination', hallucination_claims.make_claims, 'paper'),
     (
       'hallucination-facts', hallucination_claims.make_claims, 'facts-paper',

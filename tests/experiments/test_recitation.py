@@ -304,6 +304,16 @@ def test_every_arm_has_a_grid_of_the_same_size(preset):
   assert len({len(arms.grid(config, a)) for a in config.arms}) == 1
 
 
+def test_operating_points_are_what_the_rule_chose():
+  """The frozen points, against the committed results of seeds 0 and 1."""
+  folder = ROOT / 'results' / 'memorization-lm-choose'
+  results = json.loads((folder / 'results.json').read_text())
+  config = get_config('lm-paper')
+  for arm in config.arms:
+    chosen = claims.choose(results, [0, 1], arm)
+    assert tuple(config.operating_points[arm]) == chosen, arm
+
+
 def test_smoke_runs_and_resumes(tmp_path):
   config = get_config('lm-smoke')
   memorization.run(config, tmp_path)
