@@ -143,7 +143,7 @@ def _bars(results, config, seeds):
       'memorized': 'memorized\nlabels', 'recovered': 'true labels\nrecovered',
       'clean': 'clean\ntraining', 'test': 'test',
   }  # fmt: skip
-  groups = [('unedited', 'unedited', 'black')]
+  groups = [('unedited', 'unedited', '#C8C8C8')]
   groups += [
     (f'{a}/operating', LABELS[a], COLORS[a])
     for a in config['arms']
