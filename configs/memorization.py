@@ -12,12 +12,14 @@ recites 99.9 -> 3.4 %. Here: a small language (`experiments/recitation.py`).
       --workdir=runs/memorization-cpu
 
 The argument is `[WORLD-]PRESET`. Worlds: `mlp` (the default) and `vit` of
-digits, `mnist-mlp` and `mnist-vit` (of `config.data_dir`, or downloaded);
-`decay`, where the MLP is kept from memorizing while it trains; `lm` and
+digits, `mnist-mlp` and `mnist-vit` (of `config.data.data_dir`, or downloaded;
+no operating points are chosen yet, so that only `smoke` and `choose` run);
+`decay`, where the MLP trains under weight decay of many kinds; `lm` and
 `pretrained`. Presets: `smoke` (every code path, no claim meant), `cpu` (the
-arms that show the point), `paper` (every arm), and `choose`: the same grids on
-seeds 0 and 1, from which the operating points below were taken by the rules in
-`experiments.memorization_claims.choose` and `recitation_claims.choose`.
+arms that show the point), `paper` (every arm that the world has), and `choose`:
+the same grids on seeds 0 and 1, from which the operating points below were
+taken by the rules in `experiments.memorization_claims.choose` and
+`recitation_claims.choose`.
 """
 
 import ml_collections
@@ -61,7 +63,6 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   if world == 'pretrained':
     recitation.pretrained(config)
     return config.lock()
-  config.data_dir = '../shared/data'  # Of MNIST; digits are bundled.
   config.seed = 10  # The first; 0 and 1 belong to choosing.
   config.num_seeds = 8
   config.data = ml_collections.ConfigDict(
@@ -146,6 +147,7 @@ def _edits(config) -> None:
       {arm: (0, config.strengths[arm][-1]) for arm in config.arms}
     )
   if config.preset == 'cpu':
+    config.num_seeds = 4
     config.components.per_layer = 0
   if config.preset == 'smoke':
     config.subnet.steps, config.subnet.batch = 2, 8
@@ -216,6 +218,7 @@ def _vit(config):
 
 def _mnist(config) -> None:
   config.data.source, config.data.images = 'mnist', 10_000
+  config.data.data_dir = '../shared/data'  # With a folder `mnist`.
   config.num_seeds = 5
 
 

@@ -261,7 +261,7 @@ def analyse(
   of_null = null.participation()
   out: dict[str, Any] = {'effects': {}, 'histogram': {}}
   rises = {g: [] for g in (MEMORIZED, SHARED_GROUP)}
-  columns = {k: [] for k in ('K-FAC', 'saliency', *of, 'weight')}
+  columns = {k: [] for k in ('K-FAC', *of, 'weight')}
   leaves = dict(zip(sites.leaf_paths(params), jax.tree.leaves(params)))
   for name, site in at.items():
     spectrum = spectra[name]
@@ -308,20 +308,25 @@ def analyse(
         rises[g].append(np.asarray(rise[g], np.float64))
       columns['K-FAC'].append(mass[i][rows, cols])
       columns['weight'].append(parts[rows, cols] ** 2)
-      columns['saliency'].append((parts**2 * mass[i])[rows, cols])
       for k, values in of.items():
         columns[k].append(np.nan_to_num(values[name][i][rows, cols]))
   rises = {g: np.concatenate(v) for g, v in rises.items()}
   columns = {k: np.concatenate(v) for k, v in columns.items()}
-  out['rises'] = {g: v.tolist() for g, v in rises.items()}
-  out['scores'] = {k: v.tolist() for k, v in columns.items()}
+  out['rises'] = {g: _stored(v) for g, v in rises.items()}
+  out['scores'] = {k: _stored(v) for k, v in columns.items()}
   return out
 
 
+def _stored(values: np.ndarray) -> list[float]:
+  """Six digits are enough to rank by, and keep results small."""
+  return [float(f'{v:.6g}') for v in values]
+
+
 def told_apart(analysis) -> dict[str, Any]:
-  """`aurocs` of an analysis, from what it measured."""
+  """`aurocs` of an analysis, from what it measured; saliency is derived."""
   arrays = lambda name: {k: np.array(v) for k, v in analysis[name].items()}
   scores = arrays('scores')
+  scores['saliency'] = scores['weight'] * scores['K-FAC']  # Twice the rise.
   return aurocs(scores, *classes(arrays('rises')), scores['curvature'])
 
 

@@ -71,7 +71,7 @@ def participation(analyses):
 def scores(analyses):
   """AUROC of every score, of all pairs and of those of like curvature."""
   judged = [told_apart(a) for a in analyses]
-  names = list(analyses[0]['scores'])
+  names = [k for k in judged[0] if k not in ('memorization', 'shared')]
   figure, axis = plt.subplots(figsize=(6.4, 3.2))
   for i, (key, color) in enumerate(
     (('auroc', '#0072B2'), ('at equal curvature', '#E69F00'))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.layers import layer_set
-from experiments.memorization_world import World
+from experiments.memorization_world import World, losses, rows
 from idesign import curvature, models, sites, training
 
 FISHER = {
@@ -85,13 +85,8 @@ class Reader:
     if index not in self._subnets:
       s = self._config.subnet
       chosen, layers = layer_set(at, self._config.layer_sets[index])
-
-      def loss(params, batch):
-        logits = self._model.apply(params, batch['image'])
-        return curvature.negative_log_likelihood(logits, batch['label'])
-
       self._subnets[index] = curvature.BalancedSubnet(
-        loss, params, chosen,
+        losses(self._model), params, chosen,
         curvature.SubnetConfig(
           forget=s.forget, learning_rate=s.learning_rate
         ),
@@ -190,12 +185,11 @@ def subnet_edit(config, trained: Trained, point) -> curvature.Edit:
   index, kept = point
   world, s = trained.world, config.subnet
   told = told_of(world)
-  rows = lambda members: {
-    'image': world.images[members], 'label': world.labels[members]
-  }  # fmt: skip
   subnet = trained.subnet(index)
   streams = [
-    training.Batches(rows(m), min(s.batch, int(m.sum())), seed=trained.seed)
+    training.Batches(
+      rows(world, m), min(s.batch, int(m.sum())), seed=trained.seed
+    )
     for m in (told, world.train & ~told)
   ]
   state = subnet.init(1 - kept)

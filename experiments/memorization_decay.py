@@ -5,9 +5,8 @@ strengths: plain, of all components alike, or sparing a share of them
 (`curvature.decay_components`), with factors collected anew as training goes on.
 `kfac` spares what has most K-FAC curvature; `batch` what has most batch
 curvature, by which the edit of a trained network chooses (`memorization`);
-`added` decays all components a little, and those it does not spare more. All of
-them find networks that memorize less. The question is which memorizes less at
-an equal loss on test images.
+`added` decays all components a little, and those it does not spare more. The
+question is which memorizes less at an equal loss on test images.
 
 Run: see `configs/memorization.py`, world `decay`.
 """
@@ -26,13 +25,15 @@ import tqdm
 
 from experiments import contract, memorization_decay_figures
 from experiments.memorization_decay_claims import CHOSEN_ON, make_claims
-from experiments.memorization_world import World, make_model, make_world
+from experiments.memorization_arms import BATCH
+from experiments.memorization_world import (
+  World, losses, make_model, make_world, rows,
+)  # fmt: skip
 from idesign import curvature, sites, training
 
 KERNELS = r'layer_\d+/kernel'
 FISHER = curvature.Fisher(normalize='example')
 ARMS = ('plain', 'kfac', 'batch', 'added')
-TEMPERATURE = 10.0  # At which every image has a say in batch curvature.
 
 
 class Trainer:
@@ -57,7 +58,7 @@ class Trainer:
     self._factors = jax.jit(
       curvature.kfac_factors(model.apply, KERNELS, FISHER)
     )
-    self._gradient = jax.jit(jax.grad(self._loss(TEMPERATURE)))
+    self._gradient = jax.jit(jax.grad(self._loss(BATCH.temperature)))
     self._run = jax.jit(self._steps, donate_argnums=(0, 1))
 
   def num_steps(self, world: World) -> int:
@@ -68,15 +69,13 @@ class Trainer:
   def __call__(self, world: World, seed: int, arm: str, strength: float):
     """The trained parameters."""
     c = self._config
-    rows = {
-      'image': world.images[world.train], 'label': world.labels[world.train]
-    }  # fmt: skip
-    batches = training.Batches(rows, c.batch_size, seed=seed)
+    data = rows(world, world.train)
+    batches = training.Batches(data, c.batch_size, seed=seed)
     params = self._model.init(jax.random.key(seed))
     state = self._optimizer.init(params)
     # There is no curvature to speak of before anything is learned.
     least = c.floor if arm == 'added' else 0.0
-    shields = self._shields(params, rows, seed, 'plain', least + strength)
+    shields = self._shields(params, data, seed, 'plain', least + strength)
     total, done = self.num_steps(world), 0
     while done < total:
       count = min(c.refresh, total - done)
@@ -85,16 +84,12 @@ class Trainer:
       params, state = self._run(params, state, shields, stacked)
       done += count
       if arm != 'plain' and done < total:
-        shields = self._shields(params, rows, seed, arm, strength)
+        shields = self._shields(params, data, seed, arm, strength)
     return params
 
   def _loss(self, temperature):
-    def loss(params, batch):
-      logits = self._model.apply(params, batch['image']) / temperature
-      nll = curvature.negative_log_likelihood(logits, batch['label'])
-      return jnp.mean(nll)
-
-    return loss
+    each = losses(self._model, temperature)
+    return lambda params, batch: jnp.mean(each(params, batch))
 
   def _steps(self, params, state, shields, batches):
     loss = self._loss(1.0)
@@ -109,7 +104,7 @@ class Trainer:
 
     return jax.lax.scan(step, (params, state), batches)[0]
 
-  def _shields(self, params, rows, seed, arm, strength):
+  def _shields(self, params, data, seed, arm, strength):
     """What decays at which strength.
 
     Of components that are spared `floor` (of `added`; of others nothing), of
@@ -118,9 +113,9 @@ class Trainer:
     spared, bases = {}, {}
     if arm != 'plain':
       bases = curvature.spectra(
-        self._factors(params, rows['image'], key=jax.random.key(seed))
+        self._factors(params, data['image'], key=jax.random.key(seed))
       )
-      scores = self._scores(params, rows, bases, arm)
+      scores = self._scores(params, data, bases, arm)
     for name, site in self._at.items():
       if arm == 'plain':
         spared[name] = np.zeros((site.d_in, site.d_out))
@@ -133,13 +128,13 @@ class Trainer:
     masks = {n: 1 - floor - strength * (1 - m) for n, m in spared.items()}
     return curvature.shields(bases, masks)
 
-  def _scores(self, params, rows, bases, arm):
+  def _scores(self, params, data, bases, arm):
     """By which components are spared, site -> `[d_in, d_out]`."""
     if arm == 'kfac':
       return {name: bases[name].mass() for name in self._at}
     # The square of what all images together pull at a component, which is what
     # `Moments.batch_curvature` measures.
-    gradient = self._gradient(params, rows)
+    gradient = self._gradient(params, data)
     leaves = dict(zip(sites.leaf_paths(gradient), jax.tree.leaves(gradient)))
     out = {}
     for name, site in self._at.items():

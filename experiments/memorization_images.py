@@ -20,8 +20,9 @@ edit never sees which labels are wrong; the operating point was chosen with
 that knowledge on seeds 0 and 1 (as the published sweep did), by `choose`, and
 frozen in the config. Controls, each with a grid of the same size: rank
 truncation, magnitude, saliency (optimal brain damage), a random choice of
-components, and BalancedSubnet, which is told half of the wrong labels; the
-random and the magnitude grid keep more, because they destroy the network
+components, and BalancedSubnet, which is told half of the wrong labels (the
+config says which of them a world has); the grids of random components,
+magnitude and BalancedSubnet keep more, because they destroy the network
 sooner. At the operating point also a random choice of exactly as many
 components.
 
@@ -41,11 +42,13 @@ import tqdm
 from experiments import components, contract, memorization_figures
 from experiments.layers import check_operating_points, layer_paths
 from experiments.memorization_arms import (
-  ARMS, COMPONENTS, Reader, Trained, grid, measure, run_point,
+  ARMS, BATCH, COMPONENTS, Reader, Trained, grid, measure, run_point,
 )  # fmt: skip
 from experiments.memorization_claims import CHOSEN_ON, choose, make_claims
-from experiments.memorization_world import make_model, make_world, train
-from idesign import curvature, sites
+from experiments.memorization_world import (
+  losses, make_model, make_world, rows, train,
+)  # fmt: skip
+from idesign import sites
 from idesign.sites import selection
 
 NEEDED = ('batch', 'kfac', 'svd', 'random')  # What the claims compare.
@@ -72,9 +75,9 @@ def curvature_profile(config, model, trained: Trained) -> dict[str, Any]:
   For one weight, components are ordered by curvature. A group's *mass* in a
   component is the mean over its examples of the squared component of the
   example's gradient, each example's scaled to sum 1. The gradient is that of
-  the label's negative log likelihood at temperature 10: at interpolation the
-  plain one vanishes. Control for what is merely unusual input or label:
-  held-out images with a wrong label, which were never trained on.
+  the label's negative log likelihood at the temperature of `BATCH`: at
+  interpolation the plain one vanishes. Control for what is merely unusual input
+  or label: held-out images with a wrong label, which were never trained on.
   """
   world = trained.world
   path = selection.parse(config.layer_sets[0][0]).name
@@ -89,11 +92,7 @@ def curvature_profile(config, model, trained: Trained) -> dict[str, Any]:
     square = jnp.einsum('bti,bto->bio', x, g) ** 2
     return jnp.sum(square / jnp.sum(square, axis=(1, 2), keepdims=True), axis=0)
 
-  def loss(params, batch):
-    images, labels = batch
-    logits = model.apply(params, images) / 10
-    return curvature.negative_log_likelihood(logits, labels)
-
+  loss = losses(model, BATCH.temperature)
   statistic = sites.Statistic(share, additive=False)
   read = jax.jit(sites.collect(loss, {'share': statistic}, path))
   bases = (spectrum.input_basis, spectrum.output_basis)
@@ -103,7 +102,7 @@ def curvature_profile(config, model, trained: Trained) -> dict[str, Any]:
   mass = spectrum.mass().reshape(-1)[order]
   lines = {'curvature': np.cumsum(mass) / mass.sum()}
   for name, (members, labels) in profile_groups(trained).items():
-    batch = (world.images[members], labels[members])
+    batch = rows(world, members, labels)
     out = read(trained.params, batch, inputs={'share': {path: bases}})
     total = np.asarray(out.values['share'][path], np.float64)
     total = total.reshape(-1)[order]
@@ -129,17 +128,10 @@ def component_analysis(config, model, reader: Reader, trained: Trained):
   def batch(name):
     members, labels = groups[name]
     members = np.flatnonzero(members)[:EXAMPLES]
-    return world.images[members], labels[members]
-
-  def losses(temperature):
-    def loss(params, batch):
-      logits = model.apply(params, batch[0]) / temperature
-      return curvature.negative_log_likelihood(logits, batch[1])
-
-    return loss
+    return rows(world, members, labels)
 
   return components.analyse(
-    trained.seed, params, losses(1.0), losses(COMPONENTS.temperature),
+    trained.seed, params, losses(model), losses(model, COMPONENTS.temperature),
     trained.at, bases, read(None), read(jax.random.key(trained.seed)),
     {
       components.MEMORIZED: batch('noisy, memorized'),
@@ -181,10 +173,7 @@ def run(config, folder: pathlib.Path) -> None:
   """Trains, edits, measures, judges and draws; resumes by arm and seed."""
   model = make_model(config)
   seeds = check(config, model)
-  worlds = [
-    make_world(s, data_dir=config.data_dir, **config.data.to_dict())
-    for s in seeds
-  ]
+  worlds = [make_world(s, **config.data.to_dict()) for s in seeds]
   workdir = contract.Workdir(
     folder, config, contract.fingerprint(*(a for w in worlds for a in w))
   )

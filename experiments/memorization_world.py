@@ -142,27 +142,36 @@ def make_model(config) -> models.Model:
   )
 
 
+def losses(model: models.Model, temperature: float = 1.0):
+  """`loss(params, {'image', 'label'}) -> [B]`, in nats."""
+
+  def loss(params, batch):
+    logits = model.apply(params, batch['image']) / temperature
+    return curvature.negative_log_likelihood(logits, batch['label'])
+
+  return loss
+
+
+def rows(world: World, members: np.ndarray, labels=None):
+  """Some of the images as a batch; labels are those that are trained on."""
+  labels = world.labels if labels is None else labels
+  return {'image': world.images[members], 'label': labels[members]}
+
+
 def train(config, model, worlds, seeds, workdir: contract.Workdir):
   """The networks of all seeds, trained side by side; see `train_seeds`."""
-  rows = [
-    {'image': w.images[w.train], 'label': w.labels[w.train]} for w in worlds
-  ]
-  epoch = len(rows[0]['image']) // config.batch_size
+  data = [rows(w, w.train) for w in worlds]
+  epoch = len(data[0]['image']) // config.batch_size
   num_steps = config.epochs * epoch
   optimizer = optax.adamw(
     optax.cosine_decay_schedule(config.learning_rate, num_steps),
     weight_decay=config.weight_decay,
   )
-
-  def loss(params, batch):
-    logits = model.apply(params, batch['image'])
-    return curvature.negative_log_likelihood(logits, batch['label'])
-
   return train_seeds(
     model.init,
-    loss,
+    losses(model),
     optimizer,
-    rows,
+    data,
     seeds,
     workdir,
     batch_size=config.batch_size,

@@ -134,7 +134,12 @@ def test_claims_read_effects_of_every_layer():
       components.MEMORIZED: [0.5] * 6 + [0.0] * 5 + [0.0],
       components.SHARED_GROUP: [0.0] * 6 + [0.5] * 5 + [0.0],
     },
-    'scores': {'curvature': [1, 2, 3, 4, 5, 9, 10, 11, 12, 8, 7, 6]},
+    'scores': {
+      'curvature': [1, 2, 3, 4, 5, 9, 10, 11, 12, 8, 7, 6],
+      # Of their product all pairs are in the right order, of neither alone.
+      'K-FAC': [1, 1, 1, 1, 1, 4, 2, 2, 2, 2, 2, 1],
+      'weight': [1, 1, 1, 1, 1, 1, 4, 4, 4, 4, 4, 1],
+    },
   }
   rows = components_claims.rows([analysis, analysis], 'curvature')
   values = {row[0]: row[2] for row in rows}
@@ -142,6 +147,8 @@ def test_claims_read_effects_of_every_layer():
   assert values['low_curvature_unusual'] == [0.0, 0.0]
   assert values['few_share_null'] == pytest.approx([-0.5, -0.5])
   assert values['score'] == pytest.approx([28 / 30, 28 / 30])
+  told = components.told_apart(analysis)
+  assert told['saliency']['auroc'] == 1 and told['K-FAC']['auroc'] < 1
   analysis['rises'] = {g: [0.0] * 12 for g in analysis['rises']}
   rows = components_claims.rows([analysis, analysis], 'curvature')
   assert 'score' not in {row[0] for row in rows}

@@ -251,6 +251,56 @@ def test_factors_are_those_of_training_images_and_of_the_arms(
   }
 
 
+def test_batch_curvature_is_what_all_images_pull_together():
+  """It is the gradient of the mean loss at temperature 10, squared."""
+  config = get_config('smoke')
+  model, world = make_model(config), make_world(10, **config.data)
+  params = model.init(jax.random.key(0))
+  trained = arms.Reader(config, model, ['layer_1/kernel']).read(
+    10, world, params
+  )
+  edit = arms.make_edit(config, trained, 'batch', (0, 0.1))
+  w = np.asarray(params['layer_1']['kernel'], np.float64)
+
+  def loss(kernel):
+    edited = {**params, 'layer_1': {**params['layer_1'], 'kernel': kernel}}
+    logits = model.apply(edited, world.images[world.train]) / 10
+    labels = world.labels[world.train]
+    return -jax.nn.log_softmax(logits)[np.arange(len(labels)), labels].mean()
+
+  basis = trained.bases['kfac']['layer_1/kernel']
+  u, v = basis.input_basis, basis.output_basis
+  pull = (u.T @ np.asarray(jax.grad(loss)(jax.numpy.asarray(w))) @ v) ** 2
+  kept = pull >= np.sort(pull, axis=None)[-round(0.1 * pull.size)]
+  got = edit.apply(params)['layer_1']['kernel']
+  expected = u @ (u.T @ w @ v * kept) @ v.T
+  np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(w).max())
+
+
+def test_what_the_subnet_is_told():
+  """Half of the wrong labels is forgotten; all else, right or wrong, kept."""
+  seen = []
+
+  class Subnet:
+    def init(self, share):
+      return share
+
+    def step(self, state, params, told, other):
+      seen.append((told['label'], other['label']))
+      return state, None
+
+    def edit(self, state, params):
+      return state
+
+  config = get_config('smoke')
+  trained = hand_made([0] * 12)._replace(subnet=lambda index: Subnet())
+  share = arms.subnet_edit(config, trained, (0, 0.75))
+  assert share == 0.25 and len(seen) == config.subnet.steps
+  for told, other in seen:
+    assert sorted(told) == [6, 8]
+    assert sorted(other) == [4, 5, 6, 7, 7, 9]
+
+
 @pytest.mark.parametrize(
   'change, message',
   [

@@ -4,6 +4,7 @@ import json
 import pathlib
 import runpy
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -312,6 +313,24 @@ def test_operating_points_are_what_the_rule_chose():
   for arm in config.arms:
     chosen = claims.choose(results, [0, 1], arm)
     assert tuple(config.operating_points[arm]) == chosen, arm
+
+
+def test_sums_are_mixed_into_the_factors_that_saw_none():
+  config = get_config('lm-smoke')
+  model, w = recitation.make_model(config), language.World(config.language, 10)
+  params = model.init(jax.random.key(0))
+  prepared = arms.prepare(config, arms.Collector(config, model), w, params)
+  point = (0, 0.8)
+  edited = lambda edit: np.asarray(
+    edit.apply(params)['blocks']['mlp']['up']['kernel']
+  )
+  none = edited(arms.make_edit(config, prepared, 'without sums', point))
+  mixed = lambda weight: edited(
+    arms.edit_with_sums(config, prepared, point, weight)
+  )
+  np.testing.assert_array_equal(mixed(0.0), none)
+  apart = [np.linalg.norm(mixed(weight) - none) for weight in (0.01, 1.0)]
+  assert 0 < apart[0] < apart[1]
 
 
 def test_smoke_runs_and_resumes(tmp_path):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax_privacy import clipping
 import numpy as np
 import problem
+import records
 
 from experiments.benchmarks import subject
 from idesign import models
@@ -71,4 +72,4 @@ def run(folder: pathlib.Path, name: str) -> None:
 
 
 if __name__ == '__main__':
-  problem.answer(run, ('jax-privacy', 'jax', 'numpy'))
+  records.answer(run, problem.PROGRAMS, ('jax-privacy', 'jax', 'numpy'))

@@ -1,6 +1,6 @@
 """Runs in kfac-jax's environment: its factors of the same weights and tokens.
 
-  python theirs.py FOLDER
+  python theirs.py FOLDER [PROGRAM]
 
 kfac-jax does not run on current JAX, so the model is written out here: the
 decoder in the Hugging Face folder, with every projection registered as a dense
@@ -10,11 +10,8 @@ sorted by the product of eigenvalues, in float64 on the host.
 """
 
 import functools
-import importlib.metadata
 import json
 import pathlib
-import platform
-import sys
 
 import clock
 import jax
@@ -22,6 +19,7 @@ import jax.numpy as jnp
 import kfac_jax
 from layers import NAMES
 import numpy as np
+import records
 from safetensors.numpy import load_file
 
 
@@ -84,7 +82,7 @@ def edit(w, inputs, outputs, mass):
   return u @ ((u.T @ w @ v) * kept.reshape(w.shape)) @ v.T
 
 
-def main(folder: pathlib.Path) -> None:
+def run(folder: pathlib.Path, name: str) -> None:
   problem = json.loads((folder / 'problem.json').read_text('utf-8'))
   config = json.loads((folder / 'model' / 'config.json').read_text('utf-8'))
   weights = load_file(folder / 'model' / 'model.safetensors')
@@ -193,15 +191,9 @@ def main(folder: pathlib.Path) -> None:
     arrays[f'{path} input'] = np.stack([found[n][0] for n in mine])
     arrays[f'{path} output'] = np.stack([found[n][1] for n in mine])
     arrays[f'{path} edited'] = np.stack([edited[n] for n in mine])
-  np.savez(folder / 'kfac-jax.npz', **arrays)
-  packages = ('kfac-jax', 'jax', 'numpy')
-  record = {
-    'python': platform.python_version(),
-    'packages': {name: importlib.metadata.version(name) for name in packages},
-    'programs': {'kfac-jax': measured},
-  }
-  (folder / 'theirs.json').write_text(json.dumps(record), 'utf-8')
+  np.savez(folder / f'{name}.npz', **arrays)
+  (folder / f'{name}.json').write_text(json.dumps(measured), 'utf-8')
 
 
 if __name__ == '__main__':
-  main(pathlib.Path(sys.argv[1]))
+  records.answer(run, ('kfac-jax',), ('kfac-jax', 'jax', 'numpy'))

@@ -9,12 +9,8 @@ one does: a hook at every projection that adds to `x^T x` and `g^T g`. Both get
 new weights in the same way: components sorted by the product of eigenvalues.
 """
 
-import importlib.metadata
 import json
 import pathlib
-import platform
-import subprocess
-import sys
 
 import clock
 from kronfluence.analyzer import Analyzer, prepare_model
@@ -22,6 +18,7 @@ from kronfluence.arguments import FactorArguments
 from kronfluence.task import Task
 from layers import NAMES
 import numpy as np
+import records
 import torch
 import transformers
 
@@ -214,21 +211,7 @@ def gradient(folder, tokens, part) -> None:
     cross_entropy(_PLAIN[0], piece).backward()
 
 
-def main() -> None:
-  folder = pathlib.Path(sys.argv[1])
-  if len(sys.argv) > 2:
-    return run(folder, sys.argv[2])
-  for name in PROGRAMS:
-    subprocess.run([sys.executable, *sys.argv, name], check=True)
-  read = lambda name: json.loads((folder / f'{name}.json').read_text('utf-8'))
-  packages = ('kronfluence', 'torch', 'transformers', 'numpy')
-  record = {
-    'python': platform.python_version(),
-    'packages': {name: importlib.metadata.version(name) for name in packages},
-    'programs': {name: read(name) for name in PROGRAMS},
-  }
-  (folder / 'theirs.json').write_text(json.dumps(record), 'utf-8')
-
-
 if __name__ == '__main__':
-  main()
+  records.answer(
+    run, PROGRAMS, ('kronfluence', 'torch', 'transformers', 'numpy')
+  )

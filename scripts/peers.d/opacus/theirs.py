@@ -15,6 +15,7 @@ import clock
 import numpy as np
 from opacus import GradSampleModule
 import problem
+import records
 import torch
 import transformers
 
@@ -75,4 +76,6 @@ def run(folder: pathlib.Path, name: str) -> None:
 
 
 if __name__ == '__main__':
-  problem.answer(run, ('opacus', 'torch', 'transformers', 'numpy'))
+  records.answer(
+    run, problem.PROGRAMS, ('opacus', 'torch', 'transformers', 'numpy')
+  )

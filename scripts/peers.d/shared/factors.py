@@ -15,11 +15,8 @@ of a plain gradient in each. The report has how far its factors and new weights
 are from ours, and whether ours is as much faster, and no larger, as we aim at.
 """
 
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 import subprocess
 import sys
 
@@ -27,6 +24,7 @@ import jax
 import numpy as np
 
 import clock
+import records
 from experiments.benchmarks import subject
 from idesign import curvature, models, sites
 
@@ -159,30 +157,19 @@ def compare(
       f'{row["factors_over_gradient"]:.2f} of theirs; errors '
       + ', '.join(f'{k} {v:.1e}' for k, v in row['difference'].items())
     )
-  packages = ('jax', 'numpy')
   record = {
     'problem': {
       'tokens': [BATCH, TIME], 'part': PART, 'layers': LAYERS, 'mass': MASS
     },
-    'device': f'{platform.machine()} with {os.cpu_count()} cores',
     'ours': {
-      'python': platform.python_version(),
-      'packages': {p: importlib.metadata.version(p) for p in packages},
+      **records.versions(('jax', 'numpy')),
       'before': before,
       'after': after,
     },
     'theirs': theirs,
     'targets': targets,
-    'bound': BOUND,
-    'largest_difference': worst,
-    'same_numbers': worst <= BOUND,
   }  # fmt: skip
-  report.parent.mkdir(parents=True, exist_ok=True)
-  temporary = report.with_name(report.name + '.tmp')
-  temporary.write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
-  temporary.replace(report)
-  if worst > BOUND:
-    sys.exit(f'{report}: the largest difference is {worst:.1e} > {BOUND:g}.')
+  records.write_report(report, record, worst, BOUND)
 
 
 def main(targets: dict[str, float]) -> None:

@@ -14,11 +14,8 @@ theirs. The report says of each of its programs whether ours is as much faster
 and smaller as we aim at.
 """
 
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 import subprocess
 import sys
 
@@ -28,6 +25,7 @@ import numpy as np
 
 import clock
 import problem
+import records
 from experiments.benchmarks import subject
 from idesign import concepts, models, sites
 
@@ -116,29 +114,18 @@ def compare(folder: pathlib.Path, report: pathlib.Path) -> None:
       f'{row["share_of_memory"]:.2f} of the memory (target {SMALLER:.2f}), '
       f'difference {row["difference"]:.1e}'
     )
-  packages = ('jax', 'numpy')
   record = {
     'problem': {
       'tokens': [BATCH, TIME], 'layers': LAYERS, 'directions': DIRECTIONS,
     },
-    'device': f'{platform.machine()} with {os.cpu_count()} cores',
     'ours': {
-      'python': platform.python_version(),
-      'packages': {p: importlib.metadata.version(p) for p in packages},
+      **records.versions(('jax', 'numpy')),
       'programs': programs,
     },
     'theirs': theirs,
     'targets': {'times_faster': FASTER, 'share_of_memory': SMALLER},
-    'bound': BOUND,
-    'largest_difference': worst,
-    'same_numbers': worst <= BOUND,
   }  # fmt: skip
-  report.parent.mkdir(parents=True, exist_ok=True)
-  temporary = report.with_name(report.name + '.tmp')
-  temporary.write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
-  temporary.replace(report)
-  if worst > BOUND:
-    sys.exit(f'{report}: the largest difference is {worst:.1e} > {BOUND:g}.')
+  records.write_report(report, record, worst, BOUND)
 
 
 def main() -> None:
