@@ -185,8 +185,22 @@ def _unit(masses: np.ndarray) -> np.ndarray:
 
 def _at_least(rows, columns, threshold: float) -> np.ndarray:
   """How many columns of each row have `row * column >= threshold`."""
+  n = len(columns)
+  with np.errstate(divide='ignore', over='ignore', invalid='ignore'):
+    needed = threshold / rows
+  counts = n - np.searchsorted(columns[::-1], needed)
+  # The quotient is rounded. The rounded product is what counts: it is monotone
+  # in the column, so that the columns next to the guess prove it right.
+  last = rows * columns[np.maximum(counts - 1, 0)] >= threshold
+  next_ = rows * columns[np.minimum(counts, n - 1)] >= threshold
+  wrong = np.flatnonzero(~((counts == 0) | last) | (next_ & (counts < n)))
+  counts[wrong] = _bisect(rows[wrong], columns, threshold)
+  return counts
+
+
+def _bisect(rows, columns, threshold: float) -> np.ndarray:
+  """As `_at_least`, by the products alone."""
   low, high = np.zeros(len(rows), int), np.full(len(rows), len(columns))
-  # The rounded product is monotone in the column, so bisection is exact.
   while (low < high).any():
     middle = (low + high) // 2
     open_ = low < high

@@ -8,8 +8,10 @@ of a component is the product of its two eigenvalues, its *mass*.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent import futures
 import heapq
 import itertools
+import os
 from typing import Literal, NamedTuple
 
 import jax
@@ -17,8 +19,13 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
+import threadpoolctl
 
 from idesign.curvature.kfac import Factors
+
+# A matrix from this size on has all cores and the memory to itself: LAPACK is
+# as good as one core with smaller ones, which are solved side by side.
+_ALONE = 2048
 
 
 class EigenError(ValueError):
@@ -78,8 +85,8 @@ def spectra(
 
   Args:
     factors: sums; arrays that are sharded over processes are gathered.
-    where: `'host'`: in float64, one matrix after the other; `'devices'`: in
-      float32 (float64 with x64), spread over all devices by cost.
+    where: `'host'`: in float64, on all cores; `'devices'`: in float32 (float64
+      with x64), spread over all devices by cost.
 
   Raises:
     EigenError: a factor is not finite or was not decomposed, naming it.
@@ -90,9 +97,7 @@ def spectra(
   tasks, read = _tasks(factors)
   if where == 'host':
     mine = spread([t.size**3 for t in tasks], jax.process_count())
-    solved = {
-      i: _solve_on_host(read(tasks[i])) for i in mine[jax.process_index()]
-    }
+    solved = _solve_on_host(tasks, read, mine[jax.process_index()])
   else:
     solved = _solve_on_devices(tasks, read)
   solved = _gather(tasks, solved)
@@ -192,12 +197,23 @@ def _tasks(factors: Factors):
   return tasks, read
 
 
-def _solve_on_host(moment: np.ndarray):
-  try:
-    values, basis = np.linalg.eigh(moment)
-  except np.linalg.LinAlgError:  # Told to all processes as what is not finite.
-    values, basis = np.full(len(moment), np.nan), np.full(moment.shape, np.nan)
-  return _finish(moment, values, basis)
+def _solve_on_host(tasks, read, share: list[int]) -> dict[int, tuple]:
+  def solve(i):
+    moment = read(tasks[i])
+    try:
+      values, basis = np.linalg.eigh(moment)
+    except np.linalg.LinAlgError:  # Told to all processes as not finite.
+      values = np.full(len(moment), np.nan)
+      basis = np.full(moment.shape, np.nan)
+    return _finish(moment, values, basis)
+
+  small = [i for i in share if tasks[i].size < _ALONE]
+  with (
+    threadpoolctl.threadpool_limits(1, 'blas'),
+    futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+  ):
+    solved = dict(zip(small, pool.map(solve, small)))
+  return solved | {i: solve(i) for i in share if i not in solved}
 
 
 def _solve_on_devices(tasks, read):

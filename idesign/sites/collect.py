@@ -93,10 +93,11 @@ def collect(
 
   Each site `y = x w` is given an extra argument of zeros and an identity on
   `y` whose backward rule returns the statistic as that argument's gradient.
-  Nothing else is stored, weight gradients are not formed unless asked for, and
-  the statistic stacks under `scan`, respects `checkpoint` and shards like any
-  gradient. The sum of the losses is differentiated, so a statistic does not
-  depend on how the user would average.
+  Statistics of `x` alone are results of the forward pass. Nothing else is
+  stored, weight gradients are not formed unless asked for, and a statistic
+  stacks under `scan`, respects `checkpoint` and shards like any gradient. The
+  sum of the losses is differentiated, so a statistic does not depend on how the
+  user would average.
 
   Example `b` of the loss must depend on row `b` of every layer input only (no
   batch statistics, no shuffling of examples inside the model). That the example
@@ -147,6 +148,9 @@ def collect(
           'zero and leave the mask out.'
         )
     readings = [_readings(s, statistics, inputs or {}) for s in sites]
+    forward, backward = (
+      zip(*map(_split, sites, readings)) if sites else ((), ())
+    )
     flat = jax.tree.leaves((params, batch))
     num_params = len(jax.tree.leaves(params))
 
@@ -154,14 +158,17 @@ def collect(
       (y,) = _jaxpr.bind(eqn, invals)
       (k,) = keys
       x = invals[1 if sites[k].product.weight_first else 0]
-      return [_probe(sites[k], readings[k], y, x, *extra[k], mask)], {}
+      zeros, given = extra[k]
+      found = _evaluate(sites[k], forward[k], x, None, given, mask)
+      y = _probe(sites[k], backward[k], y, x, zeros, given, mask)
+      return [y], {k: found}
 
     def probed(leaves, probes):
       extra = {
         k: (probes[k], {n: r.inputs for n, r in readings[k].items()})
         for k in range(len(sites))
       }
-      outs, _ = _jaxpr.evaluate(
+      outs, found = _jaxpr.evaluate(
         closed.jaxpr,
         closed.consts,
         [*leaves, *flat[num_params:]],
@@ -169,17 +176,20 @@ def collect(
         rule,
         extra,
       )
-      return outs[0]
+      return outs[0], found
 
-    probes = [{n: r.zeros() for n, r in rs.items()} for rs in readings]
+    probes = [{n: r.zeros() for n, r in rs.items()} for rs in backward]
     leaves = flat[:num_params]
     if with_grads:
-      losses, pull = jax.vjp(probed, leaves, probes)
+      losses, pull, found = jax.vjp(probed, leaves, probes, has_aux=True)
       grads, read_back = pull(jnp.ones_like(losses))
       grads = jax.tree.unflatten(jax.tree.structure(params), grads)
     else:
-      losses, pull = jax.vjp(lambda z: probed(leaves, z), probes)
+      losses, pull, found = jax.vjp(
+        lambda z: probed(leaves, z), probes, has_aux=True
+      )
       (read_back,), grads = pull(jnp.ones_like(losses)), None
+    read_back = [found[k] | read_back[k] for k in range(len(sites))]
     by_path = dict(zip(selection.leaf_paths(params), leaves))
     values = {
       name: _assemble(stat, [r[name] for r in read_back], sites, by_path)
@@ -198,6 +208,7 @@ class _Reading:
   inputs: PyTree
   result: jax.ShapeDtypeStruct
   stack: tuple[int, ...]
+  of_input: bool
 
   def zeros(self) -> Array:
     return jnp.zeros((*self.stack, *self.result.shape), self.result.dtype)
@@ -233,8 +244,21 @@ def _readings(site: Site, statistics, inputs) -> dict[str, _Reading]:
           f'axes must be the stack {site.stack}.'
         )
     result = jax.eval_shape(stat.fn, site.x_aval, site.dy_aval, *one)
-    readings[name] = _Reading(stat.fn, here, result, site.stack)
+    readings[name] = _Reading(stat.fn, here, result, site.stack, stat.of_input)
   return readings
+
+
+def _split(site: Site, readings):
+  """What is read in the forward pass, and what in the backward one.
+
+  A weight that is constant across a scan is read in the backward pass, which
+  adds up the steps.
+  """
+  early = lambda r: r.of_input and site.loops == 1
+  return (
+    {n: r for n, r in readings.items() if early(r)},
+    {n: r for n, r in readings.items() if not early(r)},
+  )
 
 
 def _probe(site: Site, readings, y, x, zeros, inputs, mask):
@@ -251,17 +275,23 @@ def _probe(site: Site, readings, y, x, zeros, inputs, mask):
 
   def backward(residuals, dy):
     x, inputs, mask = residuals
-    x, g = site.product.x(x), site.product.dy(dy)
-    if mask is not None:
-      x, g = _masked(x, mask), _masked(g, mask)
-    read = {
-      n: r.fn(x, g, *inputs[n]).astype(r.result.dtype)
-      for n, r in readings.items()
-    }
-    return dy, None, read, None, None
+    return dy, None, _evaluate(site, readings, x, dy, inputs, mask), None, None
 
   probe.defvjp(forward, backward)
   return probe(y, x, zeros, inputs, mask)
+
+
+def _evaluate(site: Site, readings, x, dy, inputs, mask) -> dict[str, Array]:
+  """The statistics of one layer, of a layer input and an output gradient."""
+  x = site.product.x(x)
+  dy = None if dy is None else site.product.dy(dy)
+  if mask is not None:
+    x = _masked(x, mask)
+    dy = None if dy is None else _masked(dy, mask)
+  return {
+    n: r.fn(x, dy, *inputs[n]).astype(r.result.dtype)
+    for n, r in readings.items()
+  }
 
 
 def _masked(x: Array, mask: Bool[Array, 'B T']) -> Array:

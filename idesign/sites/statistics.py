@@ -28,11 +28,15 @@ class Statistic:
       of the per-example gradient of the parameter, `[B, *shape]`. With it the
       statistic of a shared weight is formed from summed per-example
       gradients; without it, reading a shared weight is an error.
+    of_input: whether `fn` ignores `dy`. It is then evaluated in the forward
+      pass, with `dy=None`, so that no layer input is kept for it, and once for
+      all projections of the same input.
   """
 
   fn: Callable[..., Array]
   additive: bool
   of_gradient: Callable[[Array], Array] | None = None
+  of_input: bool = False
 
 
 def _einsum(spec: str, *operands: Array) -> Array:
@@ -93,7 +97,7 @@ def _rotated_square(x, dy, inputs) -> Float[Array, 'I O']:
 
 # sum_bt x x^T. A weight used several times sees its uses as further positions
 # (K-FAC-expand, Eschenhagen et al. 2023), hence additive; so is the next one.
-input_moment = Statistic(_input_moment, additive=True)
+input_moment = Statistic(_input_moment, additive=True, of_input=True)
 # sum_bt dy dy^T.
 output_moment = Statistic(_output_moment, additive=True)
 # Per-example gradients of the weight matrix.

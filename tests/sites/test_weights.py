@@ -225,6 +225,85 @@ SHARED = {
 }  # fmt: skip
 
 
+def moment_of(seen):
+  """`sum x x^T`, and which passes it was evaluated in."""
+
+  def fn(x, dy):
+    seen.add('forward' if dy is None else 'backward')
+    x = x.reshape(-1, x.shape[2])
+    return x.T @ x
+
+  return fn
+
+
+def reversed_loss(params, x):
+  body = lambda h, w: (h + jnp.tanh(h @ w['up']) @ w['down'], None)
+  h, _ = jax.lax.scan(body, x, params['blocks'], reverse=True)
+  return jnp.sum(jnp.cos(h), axis=(1, 2))
+
+
+def remat_loss(params, x):
+  body = lambda h, w: (h + jnp.tanh(h @ w['up']) @ w['down'], None)
+  h, _ = jax.lax.scan(jax.checkpoint(body), x, params['blocks'])
+  return jnp.sum(jnp.cos(h), axis=(1, 2))
+
+
+@pytest.mark.parametrize(
+  'loss,select,where',
+  [
+    (stack_loss, '.*', 'forward'),
+    (stack_loss, ('blocks/up[1:3]', 'blocks/down[2:]'), 'forward'),
+    (reversed_loss, 'blocks/up[1:]', 'forward'),
+    (remat_loss, 'blocks/.*', 'forward'),
+    # Its steps are added up, which the backward pass does.
+    (recurrent_loss, '.*', 'backward'),
+    (tied_loss, '.*', 'forward'),
+  ],
+)
+@pytest.mark.parametrize('with_grads', [False, True])
+def test_statistics_of_inputs_alone_are_read_early(
+  loss, select, where, with_grads
+):
+  shared = loss in (recurrent_loss, tied_loss)
+  params = {'w': normal(1, D, D) / 2} if shared else stack_params()
+  if loss in (reversed_loss, remat_loss):
+    del params['first']
+  early, late = set(), set()
+  moments = {
+    'early': sites.Statistic(moment_of(early), additive=True, of_input=True),
+    'late': sites.Statistic(moment_of(late), additive=True),
+  }
+  read = sites.collect(loss, moments, select, with_grads=with_grads)
+  out = jax.jit(read)(params, X)
+  values = out.values
+  # Shapes are found with a gradient at hand.
+  assert where in early and late == {'backward'}
+  if where == 'backward':
+    assert early == {'backward'}
+  assert values['early'].keys() == values['late'].keys()
+  for name, value in values['early'].items():
+    close(value, values['late'][name])
+  if with_grads:
+    expected = jax.grad(lambda p: loss(p, X).sum())(params)
+    jax.tree.map(close, out.grads, expected)
+
+
+def test_one_input_of_several_projections_is_read_once():
+  def loss(params, x):
+    outs = [x @ params[n] for n in sorted(params)]
+    return sum(jnp.sum(jnp.cos(y), (1, 2)) for y in outs)
+
+  def flops(names):
+    params = {n: normal(i, D, 1) for i, n in enumerate(names)}
+    read = sites.collect(loss, {'m': sites.input_moment})
+    cost = jax.jit(read).lower(params, X).compile().cost_analysis()
+    return cost['flops']
+
+  product = 2 * B * T * D * D
+  assert flops('ab') - flops('a') < product / 2
+  assert flops('a') > product
+
+
 @pytest.mark.parametrize('kind', SHARED)
 def test_norms_of_shared_weights(kind):
   loss, params = SHARED[kind], {'w': normal(1, D, D) / 2}
@@ -336,9 +415,7 @@ def test_rows_of_all_examples_as_one_axis(form, ndim, example_axis):
   expected = jax.jacrev(loss)(params, x)['w']
   close(values['g']['w'], expected)
   close(values['n']['w'], jnp.sum(expected**2, axis=(1, 2)))
-  (site,) = sites.find_sites(
-    loss, params, x, example_axis=example_axis
-  ).sites
+  (site,) = sites.find_sites(loss, params, x, example_axis=example_axis).sites
   assert site.num_positions == x.size // len(X) // D
 
 
