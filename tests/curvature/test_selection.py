@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from idesign import curvature
+from idesign.curvature import selection
 
 
 def full_sort(rows, columns, share):
@@ -54,6 +55,21 @@ def test_keep_mass_is_the_full_sort(kind, share, seed):
     np.ones_like(mask) if share == 1 else full_sort(rows, columns, share)
   )
   np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize('scale', [1.0, 1e-290])
+def test_rounded_products_are_what_is_compared(scale):
+  """At thresholds that are products, quotients are off by a rounding."""
+  rng = np.random.default_rng(0)
+  rows, columns = descending(rng.random(40)), descending(rng.random(30)) * scale
+  products = np.outer(rows, columns)
+  guessed = 0
+  for threshold in products.reshape(-1):
+    counts = selection._at_least(rows, columns, threshold)
+    np.testing.assert_array_equal(counts, (products >= threshold).sum(axis=1))
+    quotients = threshold / rows
+    guessed += (counts != (columns[None] >= quotients[:, None]).sum(1)).sum()
+  assert guessed > 20  # The quotient alone would be wrong.
 
 
 @pytest.mark.parametrize('kind', KINDS)
