@@ -27,7 +27,8 @@ BATCH = curvature.Fisher(labels='gold', temperature=10.0)
 # What components are analysed with, see `experiments.components`.
 COMPONENTS = curvature.Fisher(labels='gold', temperature=3.0)
 CONTROLS = ('svd', 'magnitude', 'salient', 'random', 'subnet')
-ARMS = ('batch', *FISHER, *CONTROLS)
+SOFT = ('soft', 'kfac_soft')
+ARMS = ('soft', 'batch', 'kfac_soft', *FISHER, *CONTROLS)
 _CHUNK = 64  # Images whose gradients are held at a time.
 
 
@@ -151,17 +152,16 @@ def make_edit(config, trained: Trained, arm: str, point) -> curvature.Edit:
     config: of the experiment.
     trained: of the seed.
     arm: one of `ARMS`, not `subnet`.
-    point: strengths are shares of the components (or weights) that are kept; of
-      the published recipe, of the curvature mass.
+    point: strengths are shares of the components (or weights) that are kept, of
+      soft masks their mean; of the published recipe, of the curvature mass.
   """
   index, strength = point
   at, layers = layer_set(trained.at, config.layer_sets[index])
   params, bases = trained.params, trained.bases['kfac']
   options = {'share': strength, 'layers': layers}
-  if arm == 'batch':
-    masks = {
-      n: curvature.score_masks(trained.batch[n], share=strength) for n in at
-    }
+  if arm in (*SOFT, 'batch'):
+    make = curvature.score_masks if arm == 'batch' else curvature.soft_masks
+    masks = {n: make(_score(trained, arm, n), share=strength) for n in at}
     return curvature.keep_components(params, at, bases, masks, layers=layers)
   if arm == 'svd':
     return curvature.keep_singular(params, at, trained.singular, **options)
@@ -178,6 +178,23 @@ def make_edit(config, trained: Trained, arm: str, point) -> curvature.Edit:
   return curvature.keep_high_curvature(
     params, at, trained.bases[arm], **options
   )
+
+
+def _score(trained: Trained, arm: str, name: str) -> np.ndarray:
+  """What the components of a weight are kept by.
+
+  A soft mask of `|mean s|` did better than one of its square, one of K-FAC
+  curvature better than one of its root (seeds 0 and 1).
+  """
+  if arm == 'batch':
+    return trained.batch[name]
+  if arm == 'kfac_soft':
+    score = trained.bases['kfac'][name].mass()
+  else:
+    score = np.sqrt(trained.batch[name])
+  # What has none goes last, but a mask may be large enough to need it.
+  largest = score.max(axis=(-2, -1), keepdims=True)
+  return np.maximum(score, np.finfo(np.float64).eps * largest)
 
 
 def subnet_edit(config, trained: Trained, point) -> curvature.Edit:

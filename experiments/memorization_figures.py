@@ -11,9 +11,12 @@ import numpy as np
 from experiments import components_figures
 from experiments.contract.claims import interval
 from experiments.contract.figures import save_figures
+from experiments.memorization_claims import OURS
 
 LABELS = {
-  'batch': 'batch curvature (ours)',
+  'soft': 'batch curvature, soft (ours)',
+  'batch': 'batch curvature',
+  'kfac_soft': 'K-FAC, soft',
   'kfac': 'K-FAC, normalized',
   'kfac_t1': 'K-FAC, published recipe',
   'kfac_t10': 'K-FAC, temperature 10',
@@ -25,14 +28,16 @@ LABELS = {
   'random': 'random components',
 }
 COLORS = {
-    'batch': '#0072B2', 'magnitude': '#E69F00', 'salient': '#882255',
+    'soft': '#0072B2', 'batch': '#0072B2', 'kfac_soft': '#332288',
+    'magnitude': '#E69F00', 'salient': '#882255',
     'subnet': '#000000', 'kfac': '#332288', 'kfac_t1': '#56B4E9',
     'kfac_t10': '#009E73', 'kfac_gold': '#CC79A7', 'svd': '#D55E00',
     'random': '#7F7F7F',
 }  # fmt: skip
 # Ours and the two controls whose bands are drawn.
-MAIN = ('random', 'svd', 'batch')
-VARIANTS = ('kfac_t1', 'kfac_t10', 'kfac_gold')
+MAIN = ('random', 'svd', OURS)
+# Dashed, some in the color of what they vary.
+VARIANTS = ('batch', 'kfac_soft', 'kfac_t1', 'kfac_t10', 'kfac_gold')
 
 
 def draw(workdir: pathlib.Path) -> None:
@@ -121,7 +126,7 @@ def _spectrum(results, config, seeds):
     right.fill_between(
       share, lines.min(0), lines.max(0), color=color, alpha=0.12, lw=0
     )
-  kept = [100 - results[f'{s}/batch/operating']['removed'] for s in seeds]
+  kept = [100 - results[f'{s}/{OURS}/operating']['removed'] for s in seeds]
   for axis in (left, right):
     axis.axvline(np.mean(kept), color='black', lw=0.7, ls=':')
   right.annotate(

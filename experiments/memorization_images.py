@@ -13,6 +13,10 @@ gradients are those of the images with the least margin, which are the wrong
 ones, and what it keeps is theirs. It is an arm, as are K-FAC with every image's
 gradient scaled to one, and at a temperature.
 
+Ours keeps them softly, by `|mean s| / (|mean s| + t)`: what agrees a little is
+kept a little. A mask with an edge (`batch`) is an arm, and so is a soft one of
+K-FAC curvature.
+
 Measured on every seed, in percent: *memorized* (noisy training images given
 their wrong label), *recovered* (the same images given their true label),
 *clean* (accuracy on the other training images), *held_out* and *test*. The
@@ -44,14 +48,16 @@ from experiments.layers import check_operating_points, layer_paths
 from experiments.memorization_arms import (
   ARMS, BATCH, COMPONENTS, Reader, Trained, grid, measure, run_point,
 )  # fmt: skip
-from experiments.memorization_claims import CHOSEN_ON, choose, make_claims
+from experiments.memorization_claims import (
+  CHOSEN_ON, OURS, choose, make_claims,
+)  # fmt: skip
 from experiments.memorization_world import (
   losses, make_model, make_world, rows, train,
 )  # fmt: skip
 from idesign import sites
 from idesign.sites import selection
 
-NEEDED = ('batch', 'kfac', 'svd', 'random')  # What the claims compare.
+NEEDED = ('soft', 'kfac', 'svd', 'random')  # What the claims compare.
 EXAMPLES = 1024  # Of each group, at most, that lose a component.
 
 
@@ -197,7 +203,7 @@ def run(config, folder: pathlib.Path) -> None:
       at_point = config.operating_points[arm]
       workdir.arm(f'{seed}/{arm}/operating', lambda: one(at_point))
     # The placebo proper: as many components as ours keeps, at random.
-    equal = config.operating_points.batch
+    equal = config.operating_points[OURS]
     workdir.arm(
       f'{seed}/random/equal',
       lambda: run_point(config, trained, 'random', equal),
