@@ -7,6 +7,7 @@ import pytest
 
 from idesign import curvature
 from idesign import sites
+from idesign.curvature import spectrum
 
 L, D, F = 3, 6, 5
 
@@ -378,8 +379,10 @@ def test_a_union_keeps_what_each_domain_needs():
   )
 
 
+@pytest.mark.parametrize('alone', [1, 5, 10_000])
 @pytest.mark.parametrize('where', ['host', 'devices'])
-def test_spectra_put_factors_together_again(where):
+def test_spectra_put_factors_together_again(where, alone, monkeypatch):
+  monkeypatch.setattr(spectrum, '_ALONE', alone)
   p, _, _ = setting()
   factors = curvature.kfac_factors(apply, '.*')(p, X, key=jax.random.key(1))
   bound = 1e-13 if where == 'host' else 2e-5
