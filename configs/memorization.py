@@ -17,16 +17,16 @@ no operating points are chosen yet, so that only `smoke` and `choose` run);
 `decay`, where the MLP trains under weight decay of many kinds; `lm` and
 `pretrained`. Presets: `smoke` (every code path, no claim meant), `cpu` (the
 arms that show the point), `paper` (every arm that the world has), and `choose`:
-the same grids on seeds 0 and 1, from which the operating points below were
-taken by the rules in `experiments.memorization_claims.choose` and
-`recitation_claims.choose`.
+the same grids on other seeds (0 to 3; of `lm` 0 and 1), from which the
+operating points below were taken by the rules in
+`experiments.memorization_claims.choose` and `recitation_claims.choose`.
 """
 
 import ml_collections
 
 from configs.worlds import recitation
 
-# Layer set and strength by arm, from seeds 0 and 1 (preset choose), frozen.
+# Layer set and strength by arm, from seeds 0 to 3 (preset choose), frozen.
 POINTS_MLP = {
     'soft': (0, 0.01), 'kfac_soft': (0, 0.005), 'batch': (0, 0.002),
     'kfac': (2, 0.003), 'svd': (2, 0.02),
@@ -65,7 +65,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   if world == 'pretrained':
     recitation.pretrained(config)
     return config.lock()
-  config.seed = 20  # The first; 0 and 1 belong to choosing.
+  config.seed = 20  # The first; 0 to 3 belong to choosing.
   config.num_seeds = 8
   config.data = ml_collections.ConfigDict(
     {
@@ -77,7 +77,7 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
   )
   _TRAINING[world](config)
   if name == 'choose':
-    config.seed, config.num_seeds = 0, 2
+    config.seed, config.num_seeds = 0, 4
   if name == 'smoke':
     config.num_seeds = 2
     config.epochs = 2
@@ -197,7 +197,7 @@ def _mlp(config):
     ('layer_0/kernel', 'layer_2/kernel'),
     ('layer_0/kernel', 'layer_1/kernel', 'layer_2/kernel'),
   )
-  # Frozen: layer set and strength, from seeds 0 and 1 (preset choose).
+  # Frozen, as above.
   config.operating_points = ml_collections.ConfigDict(POINTS_MLP)
 
 

@@ -45,8 +45,8 @@ def check_operating_points(config) -> None:
   missing = sorted(set(config.arms) - set(config.operating_points))
   if missing:
     raise ValueError(
-      f'config.operating_points has nothing of {missing}: choose on seeds 0 '
-      f'and 1 (preset {config.world}-choose, which prints them) and set them.'
+      f'config.operating_points has nothing of {missing}: run the preset '
+      f'{config.world}-choose, which prints them, and set them.'
     )
   for arm in config.arms:
     index, _ = config.operating_points[arm]

@@ -184,7 +184,7 @@ def _score(trained: Trained, arm: str, name: str) -> np.ndarray:
   """What the components of a weight are kept by.
 
   A soft mask of `|mean s|` did better than one of its square, one of K-FAC
-  curvature better than one of its root (seeds 0 and 1).
+  curvature better than one of its root (on seeds 0 and 1).
   """
   if arm == 'batch':
     return trained.batch[name]

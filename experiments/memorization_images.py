@@ -21,7 +21,7 @@ Measured on every seed, in percent: *memorized* (noisy training images given
 their wrong label), *recovered* (the same images given their true label),
 *clean* (accuracy on the other training images), *held_out* and *test*. The
 edit never sees which labels are wrong; the operating point was chosen with
-that knowledge on seeds 0 and 1 (as the published sweep did), by `choose`, and
+that knowledge on seeds 0 to 3 (as the published sweep did), by `choose`, and
 frozen in the config. Controls, each with a grid of the same size: rank
 truncation, magnitude, saliency (optimal brain damage), a random choice of
 components, and BalancedSubnet, which is told half of the wrong labels (the

@@ -51,18 +51,18 @@ def points(*rows):
 
 
 def test_the_rule_of_choice():
-  """Lowest mean memorized accuracy; the floor must hold on every seed."""
+  """Lowest mean memorized accuracy; the mean must not fall."""
   results = {
     '0/unedited': {'held_out': 95.0},
     '1/unedited': {'held_out': 94.0},
-    # Point 0 fails on seed 0, point 1 on seed 1, 3 is just inside.
-    '0/kfac': points((1, 94.9), (2, 97), (9, 97), (6, 95)),
-    '1/kfac': points((1, 96), (2, 93.9), (9, 97), (6, 94)),
+    # Points 0 and 1 lose a little, 3 is just inside.
+    '0/kfac': points((1, 94), (2, 97), (9, 97), (6, 96)),
+    '1/kfac': points((1, 94.9), (2, 91.9), (9, 97), (6, 93)),
   }
   assert claims_lib.choose(results, [0, 1], 'kfac') == (3, 0.1)
-  # None is free: the one that costs least on the seed where it costs more.
+  # None is free: the one that costs least.
   results['0/kfac'] = points((1, 94.9), (2, 90), (3, 94))
-  results['1/kfac'] = points((1, 92.5), (2, 94), (3, 93))
+  results['1/kfac'] = points((1, 92.5), (2, 94), (3, 94))
   assert claims_lib.choose(results, [0, 1], 'kfac') == (2, 0.1)
 
 
@@ -71,19 +71,19 @@ def test_the_rule_of_choice():
 def test_every_arm_has_a_grid_of_the_same_size(world, preset):
   config = get_config(f'{world}-{preset}')
   assert len({len(arms.grid(config, a)) for a in config.arms}) == 1
-  chosen = {0, 1}
+  chosen = set(claims_lib.CHOSEN_ON)
   seeds = set(range(config.seed, config.seed + config.num_seeds))
   assert seeds == chosen if preset == 'choose' else not seeds & chosen
 
 
 @pytest.mark.parametrize('world', ['mlp', 'vit'])
 def test_operating_points_are_what_the_rule_chose(world):
-  """The frozen points, against the committed results of seeds 0 and 1."""
+  """The frozen points, against the committed results of other seeds."""
   folder = ROOT / 'results' / f'memorization-{world}-choose'
   results = json.loads((folder / 'results.json').read_text())
   config = get_config(f'{world}-paper')
   for arm in config.arms:
-    chosen = claims_lib.choose(results, [0, 1], arm)
+    chosen = claims_lib.choose(results, claims_lib.CHOSEN_ON, arm)
     assert tuple(config.operating_points[arm]) == chosen, arm
 
 
