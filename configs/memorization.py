@@ -28,11 +28,10 @@ from configs.worlds import recitation
 
 # Layer set and strength by arm, from seeds 0 to 3 (preset choose), frozen.
 POINTS_MLP = {
-    'soft': (0, 0.01), 'kfac_soft': (0, 0.005), 'batch': (0, 0.002),
-    'kfac': (2, 0.003), 'svd': (2, 0.02),
-    'random': (3, 0.97), 'magnitude': (4, 0.4), 'salient': (0, 0.0014),
-    'subnet': (4, 0.9), 'kfac_t1': (1, 0.9), 'kfac_t10': (0, 0.003),
-    'kfac_gold': (2, 0.003),
+    'soft': (0, 0.003), 'kfac': (2, 0.005), 'svd': (2, 0.04),
+    'random': (2, 0.995), 'batch': (0, 0.003), 'kfac_soft': (0, 0.003),
+    'kfac_t1': (0, 0.98), 'magnitude': (0, 0.9), 'salient': (0, 0.0014),
+    'subnet': (4, 0.9), 'kfac_t10': (0, 0.005), 'kfac_gold': (2, 0.005),
 }  # fmt: skip
 POINTS_VIT = {
     'soft': (1, 0.5), 'kfac_soft': (1, 0.5), 'batch': (2, 0.1),
