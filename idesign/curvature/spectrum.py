@@ -276,13 +276,13 @@ def _gather(tasks, solved: Mapping[int, tuple]) -> list[tuple]:
 
 
 def _assemble(factors, solved: list[tuple]) -> dict[str, Spectrum]:
-  results = iter(solved)
+  solved.reverse()  # Each is let go of once it is in place.
   out = {}
   for site, moment in factors.inputs.items():
     stack = moment.shape[:-2]
     fields = []
     for size in (moment.shape[-1], factors.outputs[site].shape[-1]):
-      layers = [next(results) for _ in np.ndindex(stack)]
+      layers = [solved.pop() for _ in np.ndindex(stack)]
       values, basis, residual = (np.array(part) for part in zip(*layers))
       fields.append(
         (
