@@ -14,7 +14,7 @@ from experiments.contract.figures import save_figures
 from experiments.memorization_claims import OURS
 
 LABELS = {
-  'soft': 'batch curvature, soft (ours)',
+  'soft': 'batch curvature, soft',
   'batch': 'batch curvature',
   'kfac_soft': 'K-FAC, soft',
   'kfac': 'K-FAC, normalized',
@@ -34,8 +34,8 @@ COLORS = {
     'kfac_t10': '#009E73', 'kfac_gold': '#CC79A7', 'svd': '#D55E00',
     'random': '#7F7F7F',
 }  # fmt: skip
-# Ours and the two controls whose bands are drawn.
-MAIN = ('random', 'svd', OURS)
+# Their bands are drawn, and those of the arm that is judged.
+MAIN = ('random', 'svd')
 # Dashed, some in the color of what they vary.
 VARIANTS = ('batch', 'kfac_soft', 'kfac_t1', 'kfac_t10', 'kfac_gold')
 
@@ -65,6 +65,7 @@ def _lowest(points, base, floor: float) -> float:
 def _tradeoff(results, config, seeds):
   """Per method, the best memorization reachable at each loss of accuracy."""
   figure, axis = plt.subplots(figsize=(4.6, 3.9))
+  banded = (*MAIN, OURS[config['world']])
   losses = np.linspace(-2, 12, 113)
   for arm in config['arms']:
     curves = np.array([
@@ -74,14 +75,15 @@ def _tradeoff(results, config, seeds):
     ])  # fmt: skip
     mean = curves.mean(0)
     low, high = np.array([interval(c) for c in curves.T]).T
-    main = arm in MAIN
+    main = arm in banded
     style = dict(lw=1.8) if main else dict(lw=1)
-    if arm in VARIANTS:
+    if arm in VARIANTS and not main:
       style['ls'] = (0, (4, 1.5))
-    axis.plot(losses, mean, color=COLORS[arm], label=LABELS[arm], **style)
+    label = f'{LABELS[arm]} (ours)' if arm == banded[-1] else LABELS[arm]
+    axis.plot(losses, mean, color=COLORS[arm], label=label, **style)
     if main:  # Bands of all of them would hide one another.
       axis.fill_between(losses, low, high, color=COLORS[arm], alpha=0.2, lw=0)
-  for arm in MAIN:
+  for arm in banded:
     rows = [results[f'{s}/{arm}/operating'] for s in seeds]
     lost = [results[f'{s}/unedited']['test'] - r['test']
             for s, r in zip(seeds, rows)]  # fmt: skip
@@ -126,7 +128,8 @@ def _spectrum(results, config, seeds):
     right.fill_between(
       share, lines.min(0), lines.max(0), color=color, alpha=0.12, lw=0
     )
-  kept = [100 - results[f'{s}/{OURS}/operating']['removed'] for s in seeds]
+  ours = OURS[config['world']]
+  kept = [100 - results[f'{s}/{ours}/operating']['removed'] for s in seeds]
   for axis in (left, right):
     axis.axvline(np.mean(kept), color='black', lw=0.7, ls=':')
   right.annotate(
