@@ -34,10 +34,9 @@ POINTS_MLP = {
     'subnet': (4, 0.9), 'kfac_t10': (0, 0.005), 'kfac_gold': (2, 0.005),
 }  # fmt: skip
 POINTS_VIT = {
-    'soft': (1, 0.5), 'kfac_soft': (1, 0.5), 'batch': (2, 0.1),
-    'kfac': (5, 0.2), 'svd': (2, 0.3),
-    'random': (4, 0.925), 'kfac_t1': (4, 0.99), 'magnitude': (2, 0.05),
-    'salient': (4, 0.1),
+    'soft': (0, 0.65), 'kfac': (3, 0.2), 'svd': (3, 0.5),
+    'random': (2, 0.995), 'batch': (3, 0.2), 'kfac_soft': (1, 0.4),
+    'kfac_t1': (2, 0.995), 'magnitude': (0, 0.7), 'salient': (0, 0.2),
 }  # fmt: skip
 POINTS_MNIST_MLP = POINTS_MNIST_VIT = {}  # Not chosen yet.
 WORLDS = ('mlp', 'vit', 'mnist-mlp', 'mnist-vit', 'decay', 'lm', 'pretrained')

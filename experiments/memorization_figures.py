@@ -38,6 +38,7 @@ COLORS = {
 MAIN = ('random', 'svd')
 # Dashed, some in the color of what they vary.
 VARIANTS = ('batch', 'kfac_soft', 'kfac_t1', 'kfac_t10', 'kfac_gold')
+HATCHED = ('batch', 'kfac_soft')  # Bars in the color of another arm.
 
 
 def draw(workdir: pathlib.Path) -> None:
@@ -163,12 +164,16 @@ def _bars(results, config, seeds):
   figure, axis = plt.subplots(figsize=(6.2, 3.2))
   width = 0.8 / len(groups)
   for i, (key, label, color) in enumerate(groups):
+    hatch = '/////' if key.split('/')[0] in HATCHED else None
     rows = [results[f'{s}/{key}'] for s in seeds]
     x = np.arange(len(metrics)) + (i - (len(groups) - 1) / 2) * width
     values = [[r[m] for r in rows] for m in metrics]
     means = [np.mean(v) for v in values]
     bounds = np.array([interval(v) for v in values]).T
-    axis.bar(x, means, width * 0.92, color=color, label=label)
+    axis.bar(
+      x, means, width * 0.92, color=color, label=label, hatch=hatch,
+      edgecolor='white', lw=0,
+    )  # fmt: skip
     axis.errorbar(
       x, means, np.abs(bounds - means), fmt='none', ecolor='#444444', lw=0.9
     )

@@ -219,7 +219,6 @@ def test_the_readme_shows_the_committed_claims():
   'folder,make_claims,config',
   [
     ('memorization', memorization_claims.make_claims, 'mlp-paper'),
-    ('memorization-vit', memorization_claims.make_claims, 'vit-paper'),
     ('memorization-lm', recitation_claims.make_claims, 'lm-paper'),
     ('hallucination', hallucination_claims.make_claims, 'paper'),
     (

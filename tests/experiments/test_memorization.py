@@ -331,7 +331,7 @@ def test_what_the_subnet_is_told():
   'change, message',
   [
     (dict(num_seeds=1), 'num_seeds=1'),
-    (dict(seed=1), r'config.seed=1.*nothing can be claimed of \[1\]'),
+    (dict(seed=1), r'config.seed=1.*nothing can be claimed of \[1, 2\]'),
     (dict(arms=('svd', 'random')), r"lacks \['kfac', 'soft'\]"),
     (dict(arms=('soft', 'kfac', 'svd', 'random', 'x')), r"has \['x'\]"),
     ({'data.source': 'dogs'}, "config.data.source='dogs' is none of"),
