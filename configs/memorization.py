@@ -93,12 +93,9 @@ def get_config(preset: str = 'cpu') -> ml_collections.ConfigDict:
 
 def _edits(config) -> None:
   """What is done to a network that has wrong labels by heart."""
-  ours, other = 'soft', 'kfac_soft'
-  if 'hidden' not in config.model:
-    ours, other = other, ours
-  config.arms = (ours, 'kfac', 'svd', 'random')
+  config.arms = ('soft', 'kfac_soft', 'kfac', 'svd', 'random')
   if config.preset != 'cpu':
-    config.arms += ('batch', other, 'kfac_t1')
+    config.arms += ('batch', 'kfac_t1')
     if config.world in ('mlp', 'vit'):
       config.arms += ('magnitude', 'salient')
     if config.world == 'mlp':

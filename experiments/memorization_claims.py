@@ -12,7 +12,7 @@ from experiments import components_claims, contract
 # Seeds that operating points were chosen on; nothing is claimed of them.
 CHOSEN_ON = (0, 1, 2, 3)
 SCORE = 'batch curvature'  # Of components, as these chose.
-# World -> the arm that is judged, as these chose.
+# World -> the arm that is judged: what did better on these, of digits.
 OURS = {
   'mlp': 'soft',
   'mnist-mlp': 'soft',

@@ -24,8 +24,9 @@ import optax
 import tqdm
 
 from experiments import contract, memorization_decay_figures
-from experiments.memorization_decay_claims import CHOSEN_ON, make_claims
 from experiments.memorization_arms import BATCH
+from experiments.memorization_claims import CHOSEN_ON
+from experiments.memorization_decay_claims import make_claims
 from experiments.memorization_world import (
   World, losses, make_model, make_world, rows,
 )  # fmt: skip

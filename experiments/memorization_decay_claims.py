@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from experiments import contract
 
-CHOSEN_ON = (0, 1, 2, 3)
 OURS = {
   'kfac': 'decay sparing K-FAC curvature',
   'batch': 'decay sparing batch curvature',

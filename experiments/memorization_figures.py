@@ -159,7 +159,7 @@ def _bars(results, config, seeds):
     if a != 'random'
   ]
   groups.append(
-    ('random/equal', 'as many components, random', COLORS['random'])
+    ('random/equal', 'as large a share, random', COLORS['random'])
   )
   figure, axis = plt.subplots(figsize=(6.2, 3.2))
   width = 0.8 / len(groups)

@@ -27,8 +27,8 @@ truncation, magnitude, saliency (optimal brain damage), a random choice of
 components, and BalancedSubnet, which is told half of the wrong labels (the
 config says which of them a world has); the grids of random components,
 magnitude and BalancedSubnet keep more, because they destroy the network
-sooner. At the operating point also a random choice of exactly as many
-components.
+sooner. At the operating point also a random choice of components, of the share
+that ours leaves on average.
 
 Run: see `configs/memorization.py`.
 """
@@ -202,7 +202,7 @@ def run(config, folder: pathlib.Path) -> None:
       )
       at_point = config.operating_points[arm]
       workdir.arm(f'{seed}/{arm}/operating', lambda: one(at_point))
-    # The placebo proper: as many components as ours keeps, at random.
+    # The placebo proper: a random choice of the share that ours leaves.
     equal = config.operating_points[OURS[config.world]]
     workdir.arm(
       f'{seed}/random/equal',

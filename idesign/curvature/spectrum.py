@@ -23,8 +23,8 @@ import threadpoolctl
 
 from idesign.curvature.kfac import Factors
 
-# A matrix from this size on has all cores and the memory to itself: LAPACK is
-# as good as one core with smaller ones, which are solved side by side.
+# A matrix from this size on has all cores and the memory to itself. Of smaller
+# ones, for which LAPACK has little use for a second core, each core solves one.
 _ALONE = 2048
 
 
